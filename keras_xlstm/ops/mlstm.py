@@ -1,0 +1,347 @@
+"""The mLSTM: one step, and three forms over whole sequences that give the same numbers.
+
+With `lf = logsigmoid(f)` and the state `(C, n, m)`, all zero at first (arXiv:2405.04517,
+Sec. 2.3; numerics as in the 7B model, arXiv:2503.13427):
+
+    m' = max(lf + m, i)                              stabilizer: the running maximum
+    C' = exp(lf + m - m') C + exp(i - m') k v^T      matrix memory
+    n' = exp(lf + m - m') n + exp(i - m') k          normalizer
+    h  = (C'^T q / sqrt(DHQK)) / (max(|n'^T q| / sqrt(DHQK), exp(-m')) + eps)
+
+Masks and resets become gates before any kernel runs, so that no kernel knows of them:
+
+    a masked step   lf = 0,     i = s = NEVER           the state passes through
+    a reset         lf = NEVER, s = max(i, logsigmoid(f))
+
+where `s` is what a step offers to the stabilizer, `m' = max(lf + m, s)`: `i` everywhere but at a
+reset, at which a fresh state would have offered `lf + 0` too.
+
+A kernel of the operation "mlstm" is `kernel(q, k, v, i, log_f, s, state, *, chunk_size, eps)`.
+q, k (B, S, NH, DHQK) and v (B, S, NH, DHHV) come in the compute dtype, i, log_f and s
+(B, S, NH) and the state in float32, S >= 1, `chunk_size` an int or `None` for its own choice.
+It returns h (B, S, NH, DHHV) in any float dtype and the next state in float32, and is
+differentiable in every tensor that it takes.
+"""
+
+from keras import ops
+
+from keras_xlstm import kernels
+from keras_xlstm.ops.checks import check_positive_int, check_shapes
+
+NEVER = -1e30  # log of a shut gate: exp(NEVER) is 0, and sums of many stay finite
+MAX_EXPONENT = 88.0  # exp(88) is the last power that float32 holds
+CHUNK_SIZE = 64
+
+
+def mlstm(
+    q,
+    k,
+    v,
+    i,
+    f,
+    *,
+    initial_state=None,
+    mask=None,
+    reset=None,
+    return_state=False,
+    chunk_size=None,
+    eps=1e-6,
+    kernel="auto",
+):
+    """The mLSTM over a sequence, by the fastest kernel that can serve the call.
+
+    Args:
+        q, k: float tensors, (B, S, NH, DHQK), unscaled: q is scaled by DHQK^-1/2 at read time.
+        v: float tensor, (B, S, NH, DHHV).
+        i, f: float tensors, (B, S, NH): input and forget gate pre-activations, in nats.
+        initial_state: C (B, NH, DHQK, DHHV), n (B, NH, DHQK), m (B, NH). `None` for zeros.
+        mask: bool tensor, (B, S). Where it is `False` the step does not happen, whatever `reset`
+            says there: the state passes through unchanged, and h is 0.
+        reset: bool tensor, (B, S). Where it is `True` the state is cleared before the step, as
+            if a new sequence began.
+        return_state: bool, whether to return the state after the last step.
+        chunk_size: int, steps a chunk, in kernels that have chunks. `None` lets the kernel choose.
+            It changes speed and memory, not the numbers.
+        eps: float, added to the denominator.
+        kernel: string, a name from `keras_xlstm.kernels.available()`, or `"auto"`.
+
+    Returns:
+        h, (B, S, NH, DHHV) in v's dtype; with `return_state` also the state `(C, n, m)`, float32,
+        which is what `initial_state` takes to go on.
+
+    Raises:
+        ValueError: if shapes do not fit each other, or the kernel cannot serve the call.
+
+    Source: Beck et al. 2024, arXiv:2405.04517, Eqs. 19-27; Beck et al. 2025, arXiv:2503.13427.
+
+    Example:
+
+    ```python
+    q = k = v = keras.random.normal((2, 100, 4, 16))
+    i = f = keras.random.normal((2, 100, 4))
+    h = mlstm(q, k, v, i, f)
+    h1, state = mlstm(q[:, :60], k[:, :60], v[:, :60], i[:, :60], f[:, :60], return_state=True)
+    h2 = mlstm(q[:, 60:], k[:, 60:], v[:, 60:], i[:, 60:], f[:, 60:], initial_state=state)
+    ```
+    """
+    args, kwargs = prepare(
+        q, k, v, i, f, initial_state, mask, reset, return_state, chunk_size, eps
+    )
+    if args[0].shape[1] == 0:
+        h, state = ops.zeros_like(args[2]), args[-1]
+    else:
+        h, state = kernels.choose("mlstm", kernel, args, kwargs).run(*args, **kwargs)
+    h = ops.cast(h, args[2].dtype)
+    if mask is not None:
+        h = ops.where(ops.cast(mask, "bool")[:, :, None, None], h, ops.zeros_like(h))
+    return (h, state) if return_state else h
+
+
+def mlstm_recurrent(q, k, v, i, f, **kwargs):
+    """`mlstm`, one step after the other: the definition. S steps in time, O(S) work."""
+    return mlstm(q, k, v, i, f, kernel="recurrent", **kwargs)
+
+
+def mlstm_parallel(q, k, v, i, f, **kwargs):
+    """`mlstm`, all steps at once: O(S^2) work and memory. S must be known when it is traced."""
+    return mlstm(q, k, v, i, f, kernel="parallel", **kwargs)
+
+
+def mlstm_chunkwise(q, k, v, i, f, *, chunk_size=CHUNK_SIZE, **kwargs):
+    """`mlstm`, parallel inside chunks and recurrent over them: O(S chunk_size) work."""
+    return mlstm(q, k, v, i, f, kernel="chunkwise", chunk_size=chunk_size, **kwargs)
+
+
+def mlstm_step(q, k, v, i, f, state, *, mask=None, reset=None, eps=1e-6):
+    """One step of the mLSTM: the definition of every faster form, see the head of this file.
+
+    Args:
+        q, k: float tensors, (B, NH, DHQK), unscaled.
+        v: float tensor, (B, NH, DHHV).
+        i, f: float tensors, (B, NH), pre-activations in nats.
+        state: C (B, NH, DHQK, DHHV), n (B, NH, DHQK), m (B, NH).
+        mask, reset: bool tensors, (B,), as in `mlstm`.
+        eps: float, added to the denominator.
+
+    Returns:
+        h, (B, NH, DHHV) in v's dtype, and the next state, float32.
+
+    Raises:
+        ValueError: if shapes do not fit each other.
+
+    Example:
+
+    ```python
+    q = k = v = keras.random.normal((2, 4, 16))
+    i = f = keras.random.normal((2, 4))
+    h, state = mlstm_step(q, k, v, i, f, mlstm_zero_state(2, 4, 16, 16))
+    ```
+    """
+    sequence = [ops.expand_dims(ops.convert_to_tensor(x), 1) for x in (q, k, v, i, f)]
+    mask, reset = (x if x is None else ops.expand_dims(x, 1) for x in (mask, reset))
+    h, state = mlstm(
+        *sequence,
+        initial_state=state,
+        mask=mask,
+        reset=reset,
+        return_state=True,
+        eps=eps,
+        kernel="step",
+    )
+    return ops.squeeze(h, 1), state
+
+
+def mlstm_zero_state(batch_size, num_heads, key_dim, value_dim):
+    """The state before the first step, float32: C, n and m, all zero."""
+    lead = (batch_size, num_heads)
+    shapes = lead + (key_dim, value_dim), lead + (key_dim,), lead
+    return tuple(ops.zeros(shape, dtype="float32") for shape in shapes)
+
+
+def prepare(
+    q,
+    k,
+    v,
+    i,
+    f,
+    initial_state=None,
+    mask=None,
+    reset=None,
+    return_state=False,
+    chunk_size=None,
+    eps=1e-6,
+):
+    """Checks the arguments of `mlstm`, and turns them into those of a kernel."""
+    q, k, v, i, f = (ops.convert_to_tensor(x) for x in (q, k, v, i, f))
+    mask, reset = (x if x is None else ops.convert_to_tensor(x) for x in (mask, reset))
+    if initial_state is not None and len(initial_state) != 3:
+        raise ValueError(
+            "`initial_state` must hold the three tensors C, n and m. "
+            f"Received: {len(initial_state)} of them."
+        )
+    C, n, m = (
+        (None, None, None)
+        if initial_state is None
+        else (ops.cast(ops.convert_to_tensor(x), "float32") for x in initial_state)
+    )
+    check_shapes(
+        q=(q, "B S NH DHQK"),
+        k=(k, "B S NH DHQK"),
+        v=(v, "B S NH DHHV"),
+        i=(i, "B S NH"),
+        f=(f, "B S NH"),
+        mask=(mask, "B S"),
+        reset=(reset, "B S"),
+        C=(C, "B NH DHQK DHHV"),
+        n=(n, "B NH DHQK"),
+        m=(m, "B NH"),
+    )
+    if chunk_size is not None:
+        check_positive_int(chunk_size=chunk_size)
+    state = (C, n, m)
+    if C is None:
+        NH, DHQK, DHHV = q.shape[2], q.shape[3], v.shape[3]
+        state = mlstm_zero_state(ops.shape(q)[0], NH, DHQK, DHHV)
+    i, log_f, s = masked_gates(i, f, mask, reset)
+    return (q, k, v, i, log_f, s, state), dict(chunk_size=chunk_size, eps=eps)
+
+
+def masked_gates(i, f, mask, reset):
+    """Turns masks and resets into gates: i, log_f and s, (B, S, NH), float32."""
+    i = s = ops.cast(i, "float32")
+    log_f = ops.log_sigmoid(ops.cast(f, "float32"))
+    never = ops.full_like(i, NEVER)
+    if reset is not None:
+        at_reset = ops.cast(reset, "bool")[:, :, None]
+        s = ops.where(at_reset, ops.maximum(i, log_f), i)
+        log_f = ops.where(at_reset, never, log_f)
+    if mask is not None:
+        happens = ops.cast(mask, "bool")[:, :, None]
+        i, s = (ops.where(happens, x, never) for x in (i, s))
+        log_f = ops.where(happens, log_f, ops.zeros_like(log_f))
+    return i, log_f, s
+
+
+def step(q, k, v, i, log_f, s, state, eps):
+    """The recurrence at the head of this file, on (B, NH, ...) in float32."""
+    C, n, m = state
+    m_new = ops.maximum(log_f + m, s)
+    a, b = ops.exp(log_f + m - m_new)[..., None], ops.exp(i - m_new)[..., None]
+    C = a[..., None] * C + (b * k)[..., :, None] * v[..., None, :]
+    n = a * n + b * k
+    q = q * q.shape[-1] ** -0.5
+    h = ops.squeeze(ops.matmul(q[..., None, :], C), -2)
+    h = h / denominator(ops.sum(n * q, -1), m_new, eps)[..., None]
+    return h, (C, n, m_new)
+
+
+def denominator(nq, m, eps):
+    """max(|n^T q|, exp(-m)) + eps, in float32 without overflow."""
+    return ops.maximum(ops.abs(nq), ops.exp(ops.minimum(-m, MAX_EXPONENT))) + eps
+
+
+def _single_step(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+    inputs = (ops.cast(ops.squeeze(x, 1), "float32") for x in (q, k, v, i, log_f, s))
+    h, state = step(*inputs, state, eps)
+    return ops.expand_dims(h, 1), state
+
+
+def _not_one_step(q, *args, **kwargs):
+    return None if q.shape[1] == 1 else f"needs S = 1, received {q.shape[1]}"
+
+
+def _recurrent(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+    def body(carry, inputs):
+        h, state = step(*inputs, carry[1:], eps)
+        carry = (h, *state)
+        return carry, carry  # Keras scans give back what they carry
+
+    inputs = [ops.cast(x, "float32") for x in (q, k, v, i, log_f, s)]
+    inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # (S, B, NH, ...)
+    last, all_steps = ops.scan(body, (ops.zeros_like(inputs[2][0]), *state), tuple(inputs))
+    return ops.swapaxes(all_steps[0], 0, 1), last[1:]
+
+
+def _parallel(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+    return _chunkwise(q, k, v, i, log_f, s, state, chunk_size=q.shape[1], eps=eps)
+
+
+def _length_unknown(q, *args, **kwargs):
+    return "needs a length that is known when it is traced" if q.shape[1] is None else None
+
+
+def _chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+    S = ops.shape(q)[1]
+    L = chunk_size or CHUNK_SIZE
+    if isinstance(S, int):
+        L = min(L, S)
+
+    def chunks(x, fill=0.0):
+        """(B, S, NH, ...) -> (chunks, B, NH, L, ...), a last partial chunk filled up."""
+        x = ops.cast(x, "float32")
+        shape = ops.shape(x)
+        B, rest = shape[0], tuple(x.shape[2:])
+        pad = -S % L
+        if not isinstance(pad, int) or pad:
+            filling = ops.full((B, pad, *rest), fill, dtype="float32")
+            x = ops.concatenate([x, filling], axis=1)
+        x = ops.reshape(x, (B, -1, L, *rest))
+        return ops.transpose(x, (1, 0, 3, 2, *range(4, len(x.shape))))
+
+    scale = q.shape[-1] ** -0.5
+    B, NH, DHHV = ops.shape(q)[0], q.shape[2], v.shape[-1]
+    q, k, v, log_f = chunks(q), chunks(k), chunks(v), chunks(log_f)
+    i, s = chunks(i, NEVER), chunks(s, NEVER)
+
+    # Inside a chunk: D[t, j] is what is left at step t of what step j wrote, in logarithms.
+    decay = segment_sums(log_f)  # (chunks, B, NH, L, L)
+    b = ops.cumsum(log_f, axis=-1)  # what is left at step t of the chunk's first state
+    D = decay + i[..., None, :]
+    m_inner = ops.max(decay + s[..., None, :], axis=-1)
+
+    # What each chunk adds to the state, at a stabilizer of its own.
+    m_added = m_inner[..., -1]
+    weight = ops.exp(D[..., -1, :] - m_added[..., None])  # (chunks, B, NH, L)
+    C_added = ops.einsum("cbhl,cbhlk,cbhlv->cbhkv", weight, k, v)
+    n_added = ops.einsum("cbhl,cbhlk->cbhk", weight, k)
+
+    def next_chunk(carry, added):
+        C, n, m = carry
+        C_added, n_added, m_added, log_f_sum = added
+        m_new = ops.maximum(log_f_sum + m, m_added)
+        old, new = ops.exp(log_f_sum + m - m_new)[..., None], ops.exp(m_added - m_new)[..., None]
+        C = old[..., None] * C + new[..., None] * C_added
+        return (C, old * n + new * n_added, m_new), carry
+
+    state, (C, n, m) = ops.scan(next_chunk, state, (C_added, n_added, m_added, b[..., -1]))
+
+    # The outputs: from the same chunk, and from the state at its start.
+    m_t = ops.maximum(b + m[..., None], m_inner)  # (chunks, B, NH, L)
+    q = q * scale
+    inner = ops.matmul(q, ops.swapaxes(k, -1, -2)) * ops.exp(D - m_t[..., None])
+    outer = ops.exp(b + m[..., None] - m_t)
+    num = ops.matmul(inner, v) + outer[..., None] * ops.matmul(q, C)
+    nq = ops.sum(inner, -1) + outer * ops.squeeze(ops.matmul(q, n[..., None]), -1)
+    h = num / denominator(nq, m_t, eps)[..., None]
+    h = ops.reshape(ops.transpose(h, (1, 0, 3, 2, 4)), (B, -1, NH, DHHV))
+    return h[:, :S], state
+
+
+def segment_sums(x):
+    """(..., L) -> (..., L, L): [t, j] is the sum of x over j < l <= t; NEVER where j > t.
+
+    Each sum holds only its own terms. A difference of two cumulative sums would lose the small
+    ones beside a large one, and all of them behind a reset.
+    """
+    L = x.shape[-1]
+    after = ops.arange(L)[:, None] > ops.arange(L)[None, :]  # [l, j]: l > j
+    x = ops.where(after, x[..., None], ops.zeros_like(x[..., None]))
+    sums = ops.cumsum(x, axis=-2)
+    return ops.where(ops.transpose(after), ops.full_like(sums, NEVER), sums)
+
+
+kernels.define("mlstm", prepare)
+kernels.register("step", _single_step, _not_one_step, priority=100)
+kernels.register("chunkwise", _chunkwise, priority=0)
+kernels.register("parallel", _parallel, _length_unknown, priority=-10)
+kernels.register("recurrent", _recurrent, priority=-20)
