@@ -2,14 +2,14 @@
 
 import importlib
 
-from keras_xlstm import kernels, ops
+from keras_xlstm import kernels, layers, ops
 
 __version__ = "0.1.0"
 __all__ = ["kernels", "layers", "models", "ops"]
 
 
 def __getattr__(name):
-    # Layers cost little and models cost seconds (they import KerasHub): each when it is named.
-    if name in ("layers", "models"):
-        return importlib.import_module(f"{__name__}.{name}")
+    # KerasHub takes seconds to import: only for those who name the models.
+    if name == "models":
+        return importlib.import_module(f"{__name__}.models")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

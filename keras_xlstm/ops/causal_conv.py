@@ -1,6 +1,7 @@
 from keras import ops
 
 from keras_xlstm.ops.checks import check_shapes
+from keras_xlstm.ops.masks import steps_that_happen, take_steps
 
 
 def causal_conv1d(
@@ -56,7 +57,7 @@ def causal_conv1d(
     inputs = x
     if mask is not None:
         order, rank = steps_that_happen(mask)
-        inputs = _take_steps(x, order)
+        inputs = take_steps(x, order)
         if reset is not None:
             reset = ops.take_along_axis(ops.logical_and(reset, mask), order, axis=1)
     S = ops.shape(x)[1]
@@ -76,7 +77,7 @@ def causal_conv1d(
     if bias is not None:
         y = y + ops.cast(bias, x.dtype)
     if mask is not None:
-        y = _take_steps(y, rank)
+        y = take_steps(y, rank)
         y = ops.where(mask[..., None], y, ops.zeros_like(y))
     if not return_state:
         return y
@@ -86,31 +87,9 @@ def causal_conv1d(
     else:
         count = ops.sum(ops.cast(mask, "int32"), axis=1, keepdims=True)
         last = count + ops.arange(K - 1)  # (B, K - 1): where the state stands in the window
-        state = _take_steps(window, last)
+        state = take_steps(window, last)
     if segment is not None:
         kept = segment[:, S:] if mask is None else ops.take_along_axis(segment, last, axis=1)
         same = ops.equal(kept, ops.max(segment, axis=1, keepdims=True))[..., None]
         state = ops.where(same, state, ops.zeros_like(state))
     return y, ops.cast(state, "float32")
-
-
-def steps_that_happen(mask):
-    """Where the steps that happen stand, and each step's place among them.
-
-    Args:
-        mask: bool tensor, (B, S).
-
-    Returns:
-        order, (B, S), int32: the indices of the steps that happen, in order, then the others'.
-        rank, (B, S), int32: for each step, how many happened before it and at it, less one; 0
-        before the first.
-    """
-    steps = ops.arange(ops.shape(mask)[1], dtype="int32")[None, :]
-    order = ops.argsort(ops.where(mask, steps, steps + ops.shape(mask)[1]), axis=1)
-    rank = ops.maximum(ops.cumsum(ops.cast(mask, "int32"), axis=1) - 1, 0)
-    return ops.cast(order, "int32"), rank
-
-
-def _take_steps(x, indices):
-    """x (B, S, D) at indices (B, T) -> (B, T, D)."""
-    return ops.take_along_axis(x, indices[..., None], axis=1)

@@ -27,6 +27,7 @@ from keras import ops
 
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_positive_int, check_shapes
+from keras_xlstm.ops.scan import scan
 
 NEVER = -1e30  # log of a shut gate: exp(NEVER) is 0, and sums of many stay finite
 MAX_EXPONENT = 88.0  # exp(88) is the last power that float32 holds
@@ -84,9 +85,7 @@ def mlstm(
     h2 = mlstm(q[:, 60:], k[:, 60:], v[:, 60:], i[:, 60:], f[:, 60:], initial_state=state)
     ```
     """
-    args, kwargs = prepare(
-        q, k, v, i, f, initial_state, mask, reset, return_state, chunk_size, eps
-    )
+    args, kwargs = prepare(q, k, v, i, f, initial_state, mask, reset, return_state, chunk_size, eps)
     if args[0].shape[1] == 0:
         h, state = ops.zeros_like(args[2]), args[-1]
     else:
@@ -258,7 +257,7 @@ def _recurrent(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
     inputs = [ops.cast(x, "float32") for x in (q, k, v, i, log_f, s)]
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # (S, B, NH, ...)
-    last, all_steps = ops.scan(body, (ops.zeros_like(inputs[2][0]), *state), tuple(inputs))
+    last, all_steps = scan(body, (ops.zeros_like(inputs[2][0]), *state), tuple(inputs))
     return ops.swapaxes(all_steps[0], 0, 1), last[1:]
 
 
@@ -275,17 +274,18 @@ def _chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     L = chunk_size or CHUNK_SIZE
     if isinstance(S, int):
         L = min(L, S)
+    num_chunks = -(-S // L)
 
     def chunks(x, fill=0.0):
         """(B, S, NH, ...) -> (chunks, B, NH, L, ...), a last partial chunk filled up."""
         x = ops.cast(x, "float32")
         shape = ops.shape(x)
         B, rest = shape[0], tuple(x.shape[2:])
-        pad = -S % L
+        pad = num_chunks * L - S
         if not isinstance(pad, int) or pad:
             filling = ops.full((B, pad, *rest), fill, dtype="float32")
             x = ops.concatenate([x, filling], axis=1)
-        x = ops.reshape(x, (B, -1, L, *rest))
+        x = ops.reshape(x, (B, num_chunks, L, *rest))
         return ops.transpose(x, (1, 0, 3, 2, *range(4, len(x.shape))))
 
     scale = q.shape[-1] ** -0.5
@@ -295,7 +295,8 @@ def _chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
     # Inside a chunk: D[t, j] is what is left at step t of what step j wrote, in logarithms.
     decay = segment_sums(log_f)  # (chunks, B, NH, L, L)
-    b = ops.cumsum(log_f, axis=-1)  # what is left at step t of the chunk's first state
+    b = ops.cumsum(log_f, axis=-1)  # what is left at step t of the state at the chunk's start
+    g = b[..., -1]
     D = decay + i[..., None, :]
     m_inner = ops.max(decay + s[..., None, :], axis=-1)
 
@@ -313,7 +314,7 @@ def _chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
         C = old[..., None] * C + new[..., None] * C_added
         return (C, old * n + new * n_added, m_new), carry
 
-    state, (C, n, m) = ops.scan(next_chunk, state, (C_added, n_added, m_added, b[..., -1]))
+    state, (C, n, m) = scan(next_chunk, state, (C_added, n_added, m_added, g))
 
     # The outputs: from the same chunk, and from the state at its start.
     m_t = ops.maximum(b + m[..., None], m_inner)  # (chunks, B, NH, L)
@@ -323,7 +324,7 @@ def _chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     num = ops.matmul(inner, v) + outer[..., None] * ops.matmul(q, C)
     nq = ops.sum(inner, -1) + outer * ops.squeeze(ops.matmul(q, n[..., None]), -1)
     h = num / denominator(nq, m_t, eps)[..., None]
-    h = ops.reshape(ops.transpose(h, (1, 0, 3, 2, 4)), (B, -1, NH, DHHV))
+    h = ops.reshape(ops.transpose(h, (1, 0, 3, 2, 4)), (B, num_chunks * L, NH, DHHV))
     return h[:, :S], state
 
 

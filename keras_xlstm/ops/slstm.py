@@ -10,10 +10,11 @@ Per step, with the head's hidden state h, `raw = gates + R h + bias` in the orde
 
 `n == 0` is asked of every element: a batch may hold fresh and running states side by side.
 
-A kernel of the operation "slstm" is `kernel(gates, recurrent_kernel, bias, state, mask, reset)`,
-with gates (B, S, 4, NH, DH) in the compute dtype, S >= 1, and the rest in float32; mask and reset
-are bool or `None`, and reset is already `False` where mask is. It returns h (B, S, NH, DH), as
-it stands in the state, and the next state.
+A kernel of the operation "slstm" is
+`kernel(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale)`, with gates
+(B, S, 4, NH, DH) in the compute dtype, S >= 1, and the rest in float32; mask and reset are bool or
+`None`, reset is already `False` where mask is, and recurrent_scale may be `None`. It returns h
+(B, S, NH, DH), as it stands in the state, and the next state.
 """
 
 from keras import ops
@@ -21,6 +22,7 @@ from keras import ops
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_shapes
 from keras_xlstm.ops.mlstm import MAX_EXPONENT
+from keras_xlstm.ops.scan import scan
 
 
 def slstm(
@@ -31,6 +33,7 @@ def slstm(
     initial_state=None,
     mask=None,
     reset=None,
+    recurrent_scale=None,
     return_state=False,
     kernel="auto",
 ):
@@ -45,6 +48,8 @@ def slstm(
         mask: bool tensor, (B, S). Where it is `False` the step does not happen, whatever `reset`
             says there: the state passes through unchanged, and the output is 0.
         reset: bool tensor, (B, S). Where it is `True` the state is cleared before the step.
+        recurrent_scale: float tensor, (B, NH, DH), multiplies h where it is fed back to the
+            gates: recurrent dropout. `None` for ones.
         return_state: bool, whether to return the state after the last step.
         kernel: string, a name from `keras_xlstm.kernels.available("slstm")`, or `"auto"`.
 
@@ -64,7 +69,9 @@ def slstm(
     h = slstm(gates, keras.random.normal((3, 8, 4, 8)), keras.ops.zeros((4, 3, 8)))
     ```
     """
-    args, kwargs = prepare(gates, recurrent_kernel, bias, initial_state, mask, reset)
+    args, kwargs = prepare(
+        gates, recurrent_kernel, bias, initial_state, mask, reset, recurrent_scale
+    )
     if args[0].shape[1] == 0:
         h, state = args[0][:, :, 0], args[3]
     else:
@@ -75,7 +82,9 @@ def slstm(
     return (h, state) if return_state else h
 
 
-def slstm_step(gates, recurrent_kernel, bias, state, *, mask=None, reset=None):
+def slstm_step(
+    gates, recurrent_kernel, bias, state, *, mask=None, reset=None, recurrent_scale=None
+):
     """One step of the sLSTM: the definition, see the head of this file.
 
     Args:
@@ -83,6 +92,7 @@ def slstm_step(gates, recurrent_kernel, bias, state, *, mask=None, reset=None):
         recurrent_kernel, bias: as in `slstm`.
         state: h, c, n, m, each (B, NH, DH).
         mask, reset: bool tensors, (B,), as in `slstm`.
+        recurrent_scale: as in `slstm`.
 
     Returns:
         h, (B, NH, DH) in the dtype of `gates`, and the next state, float32.
@@ -90,8 +100,8 @@ def slstm_step(gates, recurrent_kernel, bias, state, *, mask=None, reset=None):
     Example:
 
     ```python
-    kernel, bias = keras.random.normal((3, 8, 4, 8)), keras.ops.zeros((4, 3, 8))
-    h, state = slstm_step(keras.random.normal((2, 4, 3, 8)), kernel, bias, slstm_zero_state(2, 3, 8))
+    gates, kernel = keras.random.normal((2, 4, 3, 8)), keras.random.normal((3, 8, 4, 8))
+    h, state = slstm_step(gates, kernel, keras.ops.zeros((4, 3, 8)), slstm_zero_state(2, 3, 8))
     ```
     """
     mask, reset = (x if x is None else ops.expand_dims(x, 1) for x in (mask, reset))
@@ -102,6 +112,7 @@ def slstm_step(gates, recurrent_kernel, bias, state, *, mask=None, reset=None):
         initial_state=state,
         mask=mask,
         reset=reset,
+        recurrent_scale=recurrent_scale,
         return_state=True,
     )
     return ops.squeeze(h, 1), state
@@ -119,6 +130,7 @@ def prepare(
     initial_state=None,
     mask=None,
     reset=None,
+    recurrent_scale=None,
     return_state=False,
 ):
     """Checks the arguments of `slstm`, and turns them into those of a kernel."""
@@ -142,6 +154,7 @@ def prepare(
         bias=(bias, "4 NH DH"),
         mask=(mask, "B S"),
         reset=(reset, "B S"),
+        recurrent_scale=(recurrent_scale, "B NH DH"),
         **{name: (x, "B NH DH") for name, x in zip("hcnm", state, strict=True)},
     )
     if initial_state is None:
@@ -149,12 +162,16 @@ def prepare(
     if mask is not None and reset is not None:
         reset = ops.logical_and(reset, mask)
     recurrent_kernel, bias = (ops.cast(x, "float32") for x in (recurrent_kernel, bias))
-    return (gates, recurrent_kernel, bias, tuple(state), mask, reset), {}
+    if recurrent_scale is not None:
+        recurrent_scale = ops.cast(recurrent_scale, "float32")
+    return (gates, recurrent_kernel, bias, tuple(state), mask, reset, recurrent_scale), {}
 
 
-def step(gates, recurrent_kernel, bias, state):
+def step(gates, recurrent_kernel, bias, state, recurrent_scale=None):
     """The recurrence at the head of this file, on (B, 4, NH, DH) and (B, NH, DH) in float32."""
     h, c, n, m = state
+    if recurrent_scale is not None:
+        h = h * recurrent_scale
     raw = gates + ops.einsum("bhd,hdge->bghe", h, recurrent_kernel) + bias
     i, f, z, o = (raw[:, gate] for gate in range(4))
     log_f = ops.log_sigmoid(f)
@@ -167,14 +184,14 @@ def step(gates, recurrent_kernel, bias, state):
     return ops.sigmoid(o) * c / n, c, n, m_new
 
 
-def _scan(gates, recurrent_kernel, bias, state, mask, reset):
+def _scan(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
     def body(state, inputs):
         gates, *flags = inputs
         before = state
         if reset is not None:
             cleared = flags.pop()[:, None, None]
             state = tuple(ops.where(cleared, ops.zeros_like(x), x) for x in state)
-        state = step(gates, recurrent_kernel, bias, state)
+        state = step(gates, recurrent_kernel, bias, state, recurrent_scale)
         if mask is not None:
             happens = flags.pop()[:, None, None]
             state = tuple(
@@ -185,7 +202,7 @@ def _scan(gates, recurrent_kernel, bias, state, mask, reset):
     flags = [x for x in (mask, reset) if x is not None]
     inputs = (ops.cast(gates, "float32"), *flags)
     inputs = tuple(ops.swapaxes(x, 0, 1) for x in inputs)  # (S, B, ...)
-    state, all_steps = ops.scan(body, state, inputs)
+    state, all_steps = scan(body, state, inputs)
     return ops.swapaxes(all_steps[0], 0, 1), state
 
 

@@ -1,0 +1,165 @@
+import keras
+from keras import ops
+
+from keras_xlstm.layers.large_block import XLSTMLargeBlock
+from keras_xlstm.layers.mlstm_block import MLSTMBlock
+from keras_xlstm.layers.slstm_block import SLSTMBlock
+from keras_xlstm.ops.checks import check_positive_int
+
+BLOCK_STYLES = ("original", "large")
+
+
+@keras.saving.register_keras_serializable("keras_xlstm")
+class XLSTMBlockStack(keras.layers.Layer):
+    """A stack of xLSTM blocks and a final normalization: (B, S, D) to (B, S, D).
+
+    Args:
+        num_blocks: int.
+        num_heads: int, of every block.
+        slstm_at: ints, the blocks that hold an sLSTM, counted from 0; the others hold an mLSTM.
+        block_style: `"original"` for `MLSTMBlock` and `SLSTMBlock` of the 2024 paper and a final
+            LayerNorm, or `"large"` for `XLSTMLargeBlock` of the 7B model and a final RMSNorm.
+        norm_epsilon: float, of all normalizations.
+        conv_kernel_size: int, of original blocks, 0 for no convolution.
+        qk_dim_factor, v_dim_factor, ffn_dim_factor, ffn_round_up_to, gate_soft_cap: as in
+            `XLSTMLargeBlock`; of large blocks.
+        chunk_size, kernel: as for `keras_xlstm.ops.mlstm`; of blocks with an mLSTM.
+
+    Call arguments:
+        x: float tensor, (B, S, D).
+        initial_state: the state that `return_state=True` returned, or `None` to begin anew.
+        mask: bool tensor, (B, S). Where it is `False` the step does not happen.
+        reset: bool tensor, (B, S). Where it is `True` all states are cleared before the step.
+        return_state: bool, whether to return `(y, state)`, the state a list of each block's
+            list of float32 tensors.
+
+    Source: Beck et al. 2024, arXiv:2405.04517, Sec. 2.4; Beck et al. 2025, arXiv:2503.13427.
+
+    Example:
+
+    ```python
+    stack = XLSTMBlockStack(num_blocks=3, num_heads=2, slstm_at=(1,))
+    x = keras.random.normal((2, 10, 32))
+    y = stack(x)
+    first, state = stack(x[:, :6], return_state=True)
+    second = stack(x[:, 6:], initial_state=state)
+    ```
+    """
+
+    def __init__(
+        self,
+        num_blocks,
+        num_heads=4,
+        slstm_at=(),
+        block_style="original",
+        norm_epsilon=1e-6,
+        conv_kernel_size=4,
+        qk_dim_factor=0.5,
+        v_dim_factor=1.0,
+        ffn_dim_factor=2.667,
+        ffn_round_up_to=64,
+        gate_soft_cap=15.0,
+        chunk_size=None,
+        kernel="auto",
+        **kwargs,
+    ):
+        super().__init__(autocast=False, **kwargs)
+        check_positive_int(num_blocks=num_blocks)
+        if block_style not in BLOCK_STYLES:
+            raise ValueError(
+                f"`block_style` must be one of {BLOCK_STYLES}. Received: {block_style!r}."
+            )
+        slstm_at = sorted(slstm_at)
+        if len(set(slstm_at)) < len(slstm_at) or not set(slstm_at) <= set(range(num_blocks)):
+            raise ValueError(
+                "`slstm_at` must hold different indices of blocks, from 0 to num_blocks - 1. "
+                f"Received: slstm_at={slstm_at}, num_blocks={num_blocks}."
+            )
+        self.num_blocks, self.num_heads, self.slstm_at = num_blocks, num_heads, slstm_at
+        self.block_style, self.norm_epsilon = block_style, norm_epsilon
+        self.conv_kernel_size = conv_kernel_size
+        self.qk_dim_factor, self.v_dim_factor = qk_dim_factor, v_dim_factor
+        self.ffn_dim_factor, self.ffn_round_up_to = ffn_dim_factor, ffn_round_up_to
+        self.gate_soft_cap, self.chunk_size, self.kernel = gate_soft_cap, chunk_size, kernel
+        self.supports_masking = True
+        self.blocks = [self._block(index) for index in range(num_blocks)]
+        norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm")
+        self.norm = (
+            keras.layers.RMSNormalization(**norm)
+            if block_style == "large"
+            else keras.layers.LayerNormalization(center=False, **norm)
+        )
+        self.norm.supports_masking = True
+
+    def _block(self, index):
+        slstm = index in self.slstm_at
+        common = dict(
+            num_heads=self.num_heads,
+            norm_epsilon=self.norm_epsilon,
+            num_blocks=self.num_blocks,
+            block_index=index,
+            dtype=self.dtype_policy,
+            name=f"block_{index}",
+        )
+        mlstm = dict(chunk_size=self.chunk_size, kernel=self.kernel)
+        if self.block_style == "large":
+            return XLSTMLargeBlock(
+                slstm=slstm,
+                qk_dim_factor=self.qk_dim_factor,
+                v_dim_factor=self.v_dim_factor,
+                ffn_dim_factor=self.ffn_dim_factor,
+                ffn_round_up_to=self.ffn_round_up_to,
+                gate_soft_cap=self.gate_soft_cap,
+                **mlstm,
+                **common,
+            )
+        if slstm:
+            return SLSTMBlock(conv_kernel_size=self.conv_kernel_size, **common)
+        return MLSTMBlock(conv_kernel_size=self.conv_kernel_size, **mlstm, **common)
+
+    def build(self, input_shape):
+        for layer in (*self.blocks, self.norm):
+            layer.build(input_shape)
+
+    def get_initial_state(self, batch_size):
+        """The state before the first step, of all blocks."""
+        return [block.get_initial_state(batch_size) for block in self.blocks]
+
+    def call(self, x, initial_state=None, mask=None, reset=None, return_state=False, training=None):
+        if initial_state is None:
+            initial_state = self.get_initial_state(ops.shape(x)[0])
+        if len(initial_state) != self.num_blocks:
+            raise ValueError(
+                "`initial_state` must hold one list of tensors a block, as return_state=True "
+                f"returns it. Received: {len(initial_state)} of them for {self.num_blocks} blocks."
+            )
+        states = []
+        for block, state in zip(self.blocks, initial_state, strict=True):
+            x, state = block(
+                x,
+                initial_state=state,
+                mask=mask,
+                reset=reset,
+                return_state=True,
+                training=training,
+            )
+            states.append(state)
+        y = self.norm(x)
+        return (y, states) if return_state else y
+
+    def get_config(self):
+        return super().get_config() | {
+            "num_blocks": self.num_blocks,
+            "num_heads": self.num_heads,
+            "slstm_at": self.slstm_at,
+            "block_style": self.block_style,
+            "norm_epsilon": self.norm_epsilon,
+            "conv_kernel_size": self.conv_kernel_size,
+            "qk_dim_factor": self.qk_dim_factor,
+            "v_dim_factor": self.v_dim_factor,
+            "ffn_dim_factor": self.ffn_dim_factor,
+            "ffn_round_up_to": self.ffn_round_up_to,
+            "gate_soft_cap": self.gate_soft_cap,
+            "chunk_size": self.chunk_size,
+            "kernel": self.kernel,
+        }

@@ -1,0 +1,44 @@
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_xlstm")
+class MultiHeadNorm(keras.layers.Layer):
+    """Layer normalization of each head by itself: centred, scaled, without a bias.
+
+    Maps (..., NH, DH) to the same shape, in the compute dtype; reduced in float32.
+
+    Args:
+        epsilon: float, added to the variance.
+
+    Source: Beck et al. 2025, arXiv:2503.13427; the "group norm" of arXiv:2405.04517.
+
+    Example:
+
+    ```python
+    MultiHeadNorm()(keras.random.normal((2, 10, 4, 16)))
+    ```
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.epsilon = epsilon
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(
+            shape=tuple(input_shape[-2:]), initializer="ones", name="scale", autocast=False
+        )
+
+    def call(self, x):
+        x = ops.cast(x, "float32")
+        x = x - ops.mean(x, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        x = x * ops.rsqrt(variance + self.epsilon) * ops.cast(self.scale, "float32")
+        return ops.cast(x, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return super().get_config() | {"epsilon": self.epsilon}

@@ -1,0 +1,154 @@
+"""What `SLSTM` and `MLSTM` share: the contract of `keras.layers.LSTM` around a cell.
+
+The cell does the mathematics, in two methods that give the same numbers: `call`, one step, for
+`keras.layers.RNN`, and `sequence`, all steps, through a kernel.
+
+A state is that of `keras_xlstm.ops`, float32 under every dtype policy, with all axes but the
+batch flattened: `state_size` holds integers, as Keras' recurrent layers want it. Shaped states
+are taken too.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_xlstm.ops.masks import steps_that_happen, take_steps
+
+STATE_DTYPE = "float32"
+
+
+def flat_state(state, sizes):
+    """Flattens all axes but the batch of each tensor, which must then have the width `size`."""
+    flat = []
+    for x, size in zip(state, sizes, strict=True):
+        width = math.prod(d for d in x.shape[1:] if d is not None)
+        if len(x.shape) < 2 or (None not in x.shape[1:] and width != size):
+            raise ValueError(
+                f"The state must hold {len(sizes)} tensors of {sizes} numbers a row, as "
+                f"return_state=True returns it. Received: a tensor of shape {tuple(x.shape)} "
+                f"in place of (batch, {size})."
+            )
+        flat.append(ops.reshape(x, (-1, size)))
+    return flat
+
+
+def like_state(state, like):
+    """`state` in the shapes and dtypes of `like`: Keras' loops want back what they gave."""
+    return [
+        ops.cast(ops.reshape(x, (-1, *y.shape[1:])), y.dtype)
+        for x, y in zip(state, like, strict=True)
+    ]
+
+
+class Recurrent(keras.layers.RNN):
+    """A whole-sequence layer around a cell that has `sequence`. Not for use by itself."""
+
+    def __init__(self, cell, **kwargs):
+        super().__init__(cell, autocast=False, **kwargs)
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    def call(self, sequences, initial_state=None, mask=None, reset=None, training=False):
+        if mask is None:  # Keras fills the mask in only where no other tensor is passed
+            mask = getattr(sequences, "_keras_mask", None)
+        x = ops.cast(sequences, self.compute_dtype)
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+        state = self._state_to_start_from(x, initial_state)
+        if self.go_backwards:
+            x, mask, reset = _backwards(x, mask, reset)
+        h, state = self.cell.sequence(x, state, mask=mask, reset=reset, training=training)
+        if self.stateful:
+            for variable, value in zip(self.states, state, strict=True):
+                variable.assign(value)
+        if not self.return_sequences:
+            h = _last_output(h, mask)
+        elif mask is not None and not self.zero_output_for_mask:
+            h = _hold_output(h, mask)
+        return (h, *state) if self.return_state else h
+
+    def _state_to_start_from(self, x, initial_state):
+        if initial_state is None and not self.stateful:
+            return self.get_initial_state(ops.shape(x)[0])
+        if self.stateful and x.shape[0] not in (None, self._expected_batch_size):
+            raise ValueError(
+                "A stateful layer keeps one state per row, so the batch size must not change. "
+                f"Received: batch size {x.shape[0]}, built for {self._expected_batch_size}. "
+                "Build the layer for the new size, or pass stateful=False."
+            )
+        state = self.states if initial_state is None else initial_state
+        if not isinstance(state, (list, tuple)) or len(state) != len(self.state_size):
+            received = len(state) if isinstance(state, (list, tuple)) else type(state).__name__
+            raise ValueError(
+                f"`initial_state` must be a list of the {len(self.state_size)} tensors that "
+                f"return_state=True returns. Received: {received}."
+            )
+        state = [ops.convert_to_tensor(x, dtype=STATE_DTYPE) for x in state]
+        return flat_state(state, self.state_size)
+
+    def _create_state_variables(self, batch_size):
+        states = [
+            keras.Variable(x, trainable=False, dtype=STATE_DTYPE, name="state", autocast=False)
+            for x in self.get_initial_state(batch_size)
+        ]
+        # Part of `variables`, so that compiled training and prediction carry them on, but not of
+        # `weights`: a stateful layer takes the weights of a stateless one.
+        object.__setattr__(self, "states", states)
+
+    @property
+    def variables(self):
+        return [*super().variables, *(self.states or [])]
+
+    def reset_state(self):
+        for variable in self.states or []:
+            variable.assign(ops.zeros_like(variable))
+
+    def compute_output_spec(
+        self, sequences, initial_state=None, mask=None, reset=None, training=False
+    ):
+        shapes = self.compute_output_shape(sequences.shape)
+        if not self.return_state:
+            return keras.KerasTensor(shapes, dtype=self.compute_dtype)
+        dtypes = [self.compute_dtype] + [STATE_DTYPE] * len(self.state_size)
+        return tuple(
+            keras.KerasTensor(shape, dtype=dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        cell = config.pop("cell")["config"]
+        return {k: v for k, v in cell.items() if k not in ("name", "trainable", "dtype")} | config
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def _backwards(x, mask, reset):
+    """Reverses time. A document that began at step t ends there, one step later in reverse."""
+    x = ops.flip(x, axis=1)
+    if mask is not None:
+        mask = ops.flip(mask, axis=1)
+    if reset is not None:
+        reset = ops.cast(reset, "bool")
+        after = ops.concatenate([reset[:, 1:], ops.zeros_like(reset[:, :1])], axis=1)
+        reset = ops.flip(after, axis=1)
+    return x, mask, reset
+
+
+def _last_output(h, mask):
+    """The output of the last step that happened, (B, D); 0 where none did."""
+    if mask is None:
+        return h[:, -1]
+    steps = ops.arange(ops.shape(h)[1], dtype="int32")
+    last = ops.max(ops.where(mask, steps, 0), axis=1, keepdims=True)
+    return ops.squeeze(take_steps(h, last), 1)
+
+
+def _hold_output(h, mask):
+    """Repeats each output until the next step that happens, as Keras' recurrent layers do."""
+    order, rank = steps_that_happen(mask)
+    held = take_steps(h, ops.take_along_axis(order, rank, axis=1))
+    begun = ops.cumsum(ops.cast(mask, "int32"), axis=1) > 0
+    return ops.where(begun[..., None], held, ops.zeros_like(held))
