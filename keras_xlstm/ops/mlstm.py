@@ -262,14 +262,14 @@ def _recurrent(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 
 def _parallel(q, k, v, i, log_f, s, state, *, chunk_size, eps):
-    return _chunkwise(q, k, v, i, log_f, s, state, chunk_size=q.shape[1], eps=eps)
+    return chunkwise(q, k, v, i, log_f, s, state, chunk_size=q.shape[1], eps=eps)
 
 
 def _length_unknown(q, *args, **kwargs):
     return "needs a length that is known when it is traced" if q.shape[1] is None else None
 
 
-def _chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     S = ops.shape(q)[1]
     L = chunk_size or CHUNK_SIZE
     if isinstance(S, int):
@@ -343,6 +343,6 @@ def segment_sums(x):
 
 kernels.define("mlstm", prepare)
 kernels.register("step", _single_step, _not_one_step, priority=100)
-kernels.register("chunkwise", _chunkwise, priority=0)
+kernels.register("chunkwise", chunkwise, priority=0)
 kernels.register("parallel", _parallel, _length_unknown, priority=-10)
 kernels.register("recurrent", _recurrent, priority=-20)

@@ -1,0 +1,9 @@
+"""Kernels for the torch backend, found by entry point."""
+
+from keras_xlstm import kernels
+
+
+def register_kernels():
+    from keras_xlstm_triton.eager import mlstm_chunkwise
+
+    kernels.register("torch", mlstm_chunkwise, priority=10)
