@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
 from keras_xlstm.ops.mlstm import CHUNK_SIZE, MAX_EXPONENT, NEVER
 
 

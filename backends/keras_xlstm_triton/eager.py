@@ -5,6 +5,7 @@ over the chunks. Everything is computed in float32, whatever the inputs come in.
 """
 
 import torch
+
 from keras_xlstm.ops.mlstm import CHUNK_SIZE, MAX_EXPONENT, NEVER
 
 

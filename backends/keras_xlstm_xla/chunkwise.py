@@ -6,6 +6,7 @@ the time it compiles.
 """
 
 import tensorflow as tf
+
 from keras_xlstm.ops.mlstm import chunkwise
 
 

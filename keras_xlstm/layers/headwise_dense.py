@@ -48,7 +48,7 @@ class HeadwiseDense(keras.layers.Layer):
         self.dense.build((None, None, self.num_heads, DH))
 
     def call(self, x):
-        B, S, D = *ops.shape(x)[:2], x.shape[-1]
+        (B, S), D = ops.shape(x)[:2], x.shape[-1]
         x = ops.reshape(x, (B, S, self.num_heads, D // self.num_heads))
         return ops.reshape(self.dense(x), (B, S, D))
 

@@ -140,7 +140,7 @@ class XLSTMLargeBlock(Block):
         return x + self.ffn(self.ffn_norm(x)), state
 
     def _normalize_heads(self, y):
-        B, S, D = *keras.ops.shape(y)[:2], y.shape[-1]
+        (B, S), D = keras.ops.shape(y)[:2], y.shape[-1]
         y = keras.ops.reshape(y, (B, S, self.num_heads, D // self.num_heads))
         return keras.ops.reshape(self.head_norm(y), (B, S, D))
 
