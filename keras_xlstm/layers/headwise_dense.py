@@ -14,8 +14,8 @@ class HeadwiseDense(keras.layers.Layer):
     Args:
         num_heads: int, the number of blocks.
         use_bias: bool.
-        kernel_initializer: initializer of the kernel, (NH, DH, DH). `None` for the papers'
-            small-init of the whole width.
+        kernel_initializer: initializer of the kernel, (NH, DH, DH). `None` for small-init of
+            the whole width, the variance 2 / (5 D).
 
     Source: Beck et al. 2024, arXiv:2405.04517, App. A: "block-diagonal projection".
 
@@ -41,7 +41,7 @@ class HeadwiseDense(keras.layers.Layer):
             "bshd,hde->bshe",
             output_shape=(None, self.num_heads, DH),
             bias_axes="he" if self.use_bias else None,
-            kernel_initializer=self.kernel_initializer or small_init(DH),
+            kernel_initializer=self.kernel_initializer or small_init(D),
             dtype=self.dtype_policy,
             name="dense",
         )

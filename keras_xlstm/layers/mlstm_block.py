@@ -80,7 +80,9 @@ class MLSTMBlock(Block):
             self.conv.build((None, None, inner))
         blocks = inner // self.qkv_block_size
         self.query, self.key, self.value = (
-            HeadwiseDense(blocks, dtype=self.dtype_policy, name=name)
+            HeadwiseDense(
+                blocks, kernel_initializer=small_init(D), dtype=self.dtype_policy, name=name
+            )
             for name in ("query", "key", "value")
         )
         for layer in (self.query, self.key, self.value):
