@@ -16,7 +16,9 @@ from keras_xlstm.ops.mlstm import CHUNK_SIZE, MAX_EXPONENT, NEVER
 @functools.partial(jax.jit, static_argnames=("chunk_size", "eps"))
 def mlstm_chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     S = q.shape[1]
-    L = min(chunk_size or CHUNK_SIZE, S)
+    L = chunk_size or CHUNK_SIZE
+    if isinstance(S, int):  # and not a symbol
+        L = min(L, S)
     num_chunks = -(-S // L)
 
     def chunks(x, fill=0.0):

@@ -250,15 +250,13 @@ def _not_one_step(q, *args, **kwargs):
 
 
 def _recurrent(q, k, v, i, log_f, s, state, *, chunk_size, eps):
-    def body(carry, inputs):
-        h, state = step(*inputs, carry[1:], eps)
-        carry = (h, *state)
-        return carry, carry  # Keras scans give back what they carry
+    def body(state, inputs):
+        h, state = step(*inputs, state, eps)
+        return state, h
 
-    inputs = [ops.cast(x, "float32") for x in (q, k, v, i, log_f, s)]
-    inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # (S, B, NH, ...)
-    last, all_steps = scan(body, (ops.zeros_like(inputs[2][0]), *state), tuple(inputs))
-    return ops.swapaxes(all_steps[0], 0, 1), last[1:]
+    inputs = (ops.cast(x, "float32") for x in (q, k, v, i, log_f, s))
+    state, h = scan(body, state, tuple(ops.swapaxes(x, 0, 1) for x in inputs))
+    return ops.swapaxes(h, 0, 1), state
 
 
 def _parallel(q, k, v, i, log_f, s, state, *, chunk_size, eps):

@@ -1,24 +1,45 @@
 import math
 
-from keras import ops
+from keras import ops, tree
+from keras.src import backend
 
 
 def scan(body, state, inputs):
-    """`keras.ops.scan` over the first axis of `inputs`, also when its length is not yet known.
+    """A loop over the first axis of `inputs`: the one inside `keras.layers.RNN`.
+
+    `keras.ops.scan` will not do: under TensorFlow its outputs must have the shapes of the state,
+    lengths must be known when it is traced, and XLA finds no bound for its backward pass.
 
     Args:
-        body: callable, `(state, inputs of one step) -> next state, outputs`; the outputs have the
-            structure and the shapes of the state, which is what every backend can stack.
+        body: callable, `(state, inputs of one step) -> next state, outputs`.
         state: tuple of tensors.
-        inputs: tuple of tensors, (S, B, ...), float32 or bool.
+        inputs: tuple of tensors, (S, B, ...), of at least three axes, S >= 1.
 
     Returns:
-        The last state, and the stacked outputs.
+        The last state, and the outputs of all steps, stacked along a new first axis.
     """
-    if inputs[0].shape[0] is not None or len(inputs) == 1:
-        return ops.scan(body, state, inputs)
 
-    # TensorFlow's scan takes one tensor of unknown length, and fails on several.
+    def step(inputs, state):
+        state, outputs = body(tuple(state), inputs)
+        return outputs, list(state)
+
+    S = inputs[0].shape[0]
+    if S is not None:
+        _, outputs, state = backend.rnn(
+            step, tuple(inputs), list(state), time_major=True, input_length=S
+        )
+        return tuple(state), outputs
+
+    # A length that is not yet known is taken of one tensor only.
+    packed, unpack = _pack(inputs)
+    _, outputs, state = backend.rnn(
+        lambda x, state: step(unpack(x), state), ops.swapaxes(packed, 0, 1), list(state)
+    )
+    return tuple(state), tree.map_structure(lambda x: ops.swapaxes(x, 0, 1), outputs)
+
+
+def _pack(inputs):
+    """Tensors (S, B, ...) side by side in one, (S, B, width), and the way back from a step."""
     S, B = ops.shape(inputs[0])[:2]
     widths = [math.prod(x.shape[2:]) for x in inputs]
     flat = [
@@ -26,13 +47,12 @@ def scan(body, state, inputs):
         for x, width in zip(inputs, widths, strict=True)
     ]
 
-    def unpacked(state, packed):
-        step, start = [], 0
+    def unpack(packed):
+        parts, start = [], 0
         for x, width in zip(inputs, widths, strict=True):
-            stop = start + width
-            part = ops.reshape(packed[:, start:stop], (-1, *x.shape[2:]))
-            step.append(ops.cast(part, x.dtype))
-            start = stop
-        return body(state, tuple(step))
+            part = ops.reshape(packed[:, start : start + width], (-1, *x.shape[2:]))
+            parts.append(ops.cast(part, x.dtype))
+            start += width
+        return tuple(parts)
 
-    return ops.scan(unpacked, state, ops.concatenate(flat, axis=-1))
+    return ops.concatenate(flat, axis=-1), unpack

@@ -189,21 +189,21 @@ def _scan(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
         gates, *flags = inputs
         before = state
         if reset is not None:
-            cleared = flags.pop()[:, None, None]
+            cleared = flags.pop()[..., None]
             state = tuple(ops.where(cleared, ops.zeros_like(x), x) for x in state)
         state = step(gates, recurrent_kernel, bias, state, recurrent_scale)
         if mask is not None:
-            happens = flags.pop()[:, None, None]
+            happens = flags.pop()[..., None]
             state = tuple(
                 ops.where(happens, new, old) for new, old in zip(state, before, strict=True)
             )
-        return state, state  # Keras scans give back what they carry
+        return state, state[0]
 
-    flags = [x for x in (mask, reset) if x is not None]
+    flags = [x[..., None] for x in (mask, reset) if x is not None]
     inputs = (ops.cast(gates, "float32"), *flags)
     inputs = tuple(ops.swapaxes(x, 0, 1) for x in inputs)  # (S, B, ...)
-    state, all_steps = scan(body, state, inputs)
-    return ops.swapaxes(all_steps[0], 0, 1), state
+    state, h = scan(body, state, inputs)
+    return ops.swapaxes(h, 0, 1), state
 
 
 kernels.define("slstm", prepare)
