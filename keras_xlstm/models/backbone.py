@@ -1,0 +1,176 @@
+import keras
+from keras import ops
+from keras.layers import ReversibleEmbedding
+from keras_hub.models import Backbone
+
+from keras_xlstm.layers import XLSTMBlockStack
+from keras_xlstm.ops.checks import check_positive_int
+
+
+@keras.saving.register_keras_serializable("keras_xlstm")
+class XLSTMBackbone(Backbone):
+    """The xLSTM from token ids to hidden states: an embedding and a stack of blocks.
+
+    Inputs are `{"token_ids", "padding_mask"}`, both (B, S). A padded position changes nothing
+    behind it, wherever it stands.
+
+    Args:
+        vocabulary_size: int, number of tokens.
+        num_layers: int, number of blocks.
+        hidden_dim: int, width of the residual stream.
+        num_heads: int, heads in each block.
+        qk_dim_factor: float, all queries together are `hidden_dim * qk_dim_factor` wide.
+        v_dim_factor: float, the same for values.
+        ffn_dim_factor: float, hidden width of the feed-forward layers over `hidden_dim`.
+        ffn_round_up_to: int, that width is rounded up to a multiple of it.
+        gate_soft_cap: float, soft cap of the gate pre-activations.
+        norm_epsilon: float, epsilon of the norms.
+        slstm_at: list of ints, the blocks that hold an sLSTM; the others hold an mLSTM.
+        block_style: `"large"`, the blocks of the 7B model, or `"original"`, those of the 2024
+            paper, in which the factors and the soft cap above have no meaning.
+        tie_embeddings: bool, whether the head of a language model reuses the embedding.
+        chunk_size: int, steps a chunk in the mLSTM. `None` lets the kernel choose.
+        dtype: string or `keras.DTypePolicy`.
+
+    Example:
+
+    ```python
+    backbone = XLSTMBackbone(vocabulary_size=258, num_layers=2, hidden_dim=64, num_heads=4)
+    backbone({"token_ids": [[5, 6, 7]], "padding_mask": [[1, 1, 1]]})  # (1, 3, 64)
+    ```
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        hidden_dim,
+        num_heads,
+        qk_dim_factor=0.5,
+        v_dim_factor=1.0,
+        ffn_dim_factor=2.667,
+        ffn_round_up_to=64,
+        gate_soft_cap=15.0,
+        norm_epsilon=1e-6,
+        slstm_at=(),
+        block_style="large",
+        tie_embeddings=False,
+        chunk_size=None,
+        dtype=None,
+        **kwargs,
+    ):
+        check_positive_int(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            hidden_dim=hidden_dim,
+            num_heads=num_heads,
+            ffn_round_up_to=ffn_round_up_to,
+            chunk_size=1 if chunk_size is None else chunk_size,
+        )
+        _check_positive(
+            qk_dim_factor=qk_dim_factor,
+            v_dim_factor=v_dim_factor,
+            ffn_dim_factor=ffn_dim_factor,
+            gate_soft_cap=1.0 if gate_soft_cap is None else gate_soft_cap,
+            norm_epsilon=norm_epsilon,
+        )
+        if block_style == "large":
+            _check_head_width("qk_dim_factor", qk_dim_factor, hidden_dim, num_heads)
+            _check_head_width("v_dim_factor", v_dim_factor, hidden_dim, num_heads)
+        slstm_at = list(slstm_at)
+
+        # === Layers ===
+        self.token_embedding = ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            tie_weights=tie_embeddings,
+            embeddings_initializer=keras.initializers.RandomNormal(
+                stddev=(2 / (5 * hidden_dim)) ** 0.5
+            ),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        # Hidden states come with a mask when they are turned into logits, and it ends there.
+        self.token_embedding.supports_masking = True
+        self.stack = XLSTMBlockStack(
+            num_layers,
+            num_heads=num_heads,
+            slstm_at=slstm_at,
+            block_style=block_style,
+            chunk_size=chunk_size,
+            qk_dim_factor=qk_dim_factor,
+            v_dim_factor=v_dim_factor,
+            ffn_dim_factor=ffn_dim_factor,
+            ffn_round_up_to=ffn_round_up_to,
+            gate_soft_cap=gate_soft_cap,
+            norm_epsilon=norm_epsilon,
+            dtype=dtype,
+            name="stack",
+        )
+
+        # === Functional Model ===
+        inputs = {
+            name: keras.Input((None,), dtype="int32", name=name)
+            for name in ("token_ids", "padding_mask")
+        }
+        x = self.token_embedding(inputs["token_ids"])
+        outputs = self.stack(x, mask=ops.cast(inputs["padding_mask"], "bool"))
+        super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.hidden_dim = hidden_dim
+        self.num_heads = num_heads
+        self.qk_dim_factor = qk_dim_factor
+        self.v_dim_factor = v_dim_factor
+        self.ffn_dim_factor = ffn_dim_factor
+        self.ffn_round_up_to = ffn_round_up_to
+        self.gate_soft_cap = gate_soft_cap
+        self.norm_epsilon = norm_epsilon
+        self.slstm_at = slstm_at
+        self.block_style = block_style
+        self.tie_embeddings = tie_embeddings
+        self.chunk_size = chunk_size
+
+    def default_lora_layer_names(self):
+        """The dense layers around the memories, as far as this model has them."""
+        wanted = ["query", "key", "value", "output_gate", "output", "projection"]
+        if self.block_style == "original":  # here those mix but a few features each
+            wanted = ["up", "down"]
+        names = {layer.name for layer in self._flatten_layers() if hasattr(layer, "enable_lora")}
+        return [name for name in wanted if name in names]
+
+    def get_config(self):
+        return super().get_config() | {
+            "vocabulary_size": self.vocabulary_size,
+            "num_layers": self.num_layers,
+            "hidden_dim": self.hidden_dim,
+            "num_heads": self.num_heads,
+            "qk_dim_factor": self.qk_dim_factor,
+            "v_dim_factor": self.v_dim_factor,
+            "ffn_dim_factor": self.ffn_dim_factor,
+            "ffn_round_up_to": self.ffn_round_up_to,
+            "gate_soft_cap": self.gate_soft_cap,
+            "norm_epsilon": self.norm_epsilon,
+            "slstm_at": list(self.slstm_at),
+            "block_style": self.block_style,
+            "tie_embeddings": self.tie_embeddings,
+            "chunk_size": self.chunk_size,
+        }
+
+
+def _check_positive(**named):
+    for name, value in named.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}.")
+
+
+def _check_head_width(name, factor, hidden_dim, num_heads):
+    head_dim = hidden_dim * factor / num_heads
+    if abs(head_dim - round(head_dim)) > 1e-6:
+        raise ValueError(
+            f"`hidden_dim * {name} / num_heads`, the width of a head, must be a whole number. "
+            f"Received: {hidden_dim} * {factor} / {num_heads} = {head_dim}. The nearest fit: "
+            f"{name}={max(round(head_dim), 1) * num_heads / hidden_dim}."
+        )

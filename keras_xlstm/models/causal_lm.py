@@ -1,0 +1,215 @@
+import keras
+from keras import ops
+from keras_hub.models import CausalLM
+from keras_hub.samplers import SpeculativeSampler
+
+from keras_xlstm.models.backbone import XLSTMBackbone
+from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
+from keras_xlstm.models.generation import EMPTY, Alignment, add_prompt, is_any
+from keras_xlstm.ops import soft_cap
+
+
+@keras.saving.register_keras_serializable("keras_xlstm")
+class XLSTMCausalLM(CausalLM):
+    """The xLSTM as a language model: it learns from texts and continues them.
+
+    In a batch of prompts of different lengths each row gets what it would get alone, and each
+    further token costs the same time and memory, however many came before.
+
+    Args:
+        backbone: an `XLSTMBackbone`.
+        preprocessor: an `XLSTMCausalLMPreprocessor`, or `None` if inputs come as token ids.
+        logit_soft_cap: float, soft cap of the logits, or `None` for none.
+
+    Source: Beck et al. 2025, arXiv:2503.13427.
+
+    Example:
+
+    ```python
+    tokenizer = XLSTMTokenizer.byte_level()
+    lm = XLSTMCausalLM(
+        XLSTMBackbone(tokenizer.vocabulary_size(), num_layers=2, hidden_dim=64, num_heads=4),
+        XLSTMCausalLMPreprocessor(tokenizer, sequence_length=128),
+    )
+    lm.fit(["a text", "another text"])
+    lm.generate(["a prompt", "a longer prompt"], max_length=32)
+    ```
+    """
+
+    backbone_cls = XLSTMBackbone
+    preprocessor_cls = XLSTMCausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, logit_soft_cap=30.0, **kwargs):
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.logit_soft_cap = logit_soft_cap
+        inputs = backbone.input
+        super().__init__(inputs=inputs, outputs=self._logits(backbone(inputs)), **kwargs)
+
+    def get_config(self):
+        return super().get_config() | {"logit_soft_cap": self.logit_soft_cap}
+
+    def call_with_cache(self, token_ids, cache, padding_mask=None):
+        """Goes on from a state: by any number of tokens, and as often as one likes.
+
+        Args:
+            token_ids: int tensor, (B, S).
+            cache: the states of all blocks, as returned. `None` starts afresh.
+            padding_mask: bool tensor, (B, S). Where it is `False` nothing happens to the states.
+
+        Returns:
+            Logits (B, S, vocabulary_size) in float32, hidden states (B, S, hidden_dim) and the
+            next cache: float32 tensors whose size does not depend on S.
+        """
+        hidden_states, cache = self._advance(token_ids, cache, padding_mask)
+        return self._logits(hidden_states), hidden_states, cache
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Scores given tokens.
+
+        Args:
+            token_ids: int tensor, (B, S).
+            padding_mask: bool tensor, (B, S). `None` if nothing is padded.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: `fn(x, i)` gives what takes the place of the activations `x`
+                (B, S, hidden_dim): of the embedding for `i = -1`, of block `i` else.
+            target_ids: int tensor, (B, S), what each position should predict. Needed for `"loss"`.
+
+        Returns:
+            Logits (B, S, vocabulary_size), or the loss of each position (B, S).
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(
+                f"`scoring_mode` must be 'logits' or 'loss'. Received: {scoring_mode!r}."
+            )
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError("`scoring_mode='loss'` needs `target_ids`. Received: None.")
+        intercept = layer_intercept_fn or (lambda x, i: x)
+        mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
+        x = intercept(self.backbone.token_embedding(token_ids), -1)
+        for i, block in enumerate(self.backbone.stack.blocks):
+            x = intercept(block(x, mask=mask), i)
+        logits = self._logits(self.backbone.stack.norm(x))
+        if scoring_mode == "logits":
+            return logits
+        return ops.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+
+    def make_generate_function(self):
+        if self.generate_function is None:
+            generate_step = super().make_generate_function()
+
+            def generate(inputs, stop_token_ids=None):
+                stop_token_ids = () if stop_token_ids is None else stop_token_ids
+                stop_token_ids = tuple(int(id) for id in stop_token_ids)
+                self._check_generation(stop_token_ids)
+                return generate_step(add_prompt(inputs), stop_token_ids or None)
+
+            self.generate_function = generate
+        return self.generate_function
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Continues a batch of prompts; `generate` compiles it.
+
+        Args:
+            inputs: dict of `"token_ids"` (B, T) and `"padding_mask"` (B, T), prompts at the left,
+                and optionally `"prompt"`, the first columns of `"token_ids"`, which hold them all.
+            stop_token_ids: tuple of ints, or `None`. A row is finished after any of them.
+
+        Returns:
+            Dict of `"token_ids"` and `"padding_mask"`, (B, T).
+        """
+        token_ids = ops.cast(inputs["token_ids"], "int32")
+        padding_mask = ops.cast(inputs["padding_mask"], "bool")
+        prompt = ops.cast(inputs.get("prompt", token_ids), "int32")
+        B, P = ops.shape(prompt)
+        lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=1)
+        rows = Alignment(lengths, P, ops.shape(token_ids)[1])
+
+        # The first `next` reads the last token of the prompts, so the cache must not have it.
+        columns = ops.arange(P, dtype="int32")[None]
+        hidden_states, cache = self._advance(prompt, None, columns < rows.last)
+        last_token = ops.take_along_axis(prompt, rows.last, axis=1)
+        last_hidden, _ = self._advance(last_token, cache)
+        is_last = (columns == rows.last)[..., None]
+        hidden_states = ops.where(is_last, last_hidden, hidden_states)
+
+        def is_finished(prompt, index):
+            """Whether a row is full or stopped in all its beams; the same for each of these."""
+            beams = ops.shape(prompt)[0] // B
+            finished = index - rows.start >= rows.budget
+            if stop_token_ids is not None:
+                new = ops.logical_not(ops.repeat(rows.is_prompt, beams, axis=0))
+                stopped = ops.any(ops.logical_and(is_any(prompt, stop_token_ids), new), axis=1)
+                stopped = ops.all(ops.reshape(stopped, (B, beams)), axis=1)
+                finished = ops.logical_or(finished, stopped)
+            return ops.repeat(finished, beams, axis=0)[:, None]
+
+        # A finished row takes this token with certainty: nothing that it still goes through while
+        # others are at work changes the score of its beams.
+        filler = 0 if stop_token_ids is None else stop_token_ids[0]
+        is_filler = ops.arange(self.backbone.vocabulary_size)[None] == filler
+
+        def next(prompt, cache, index):
+            token = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
+            logits, hidden_states, cache = self.call_with_cache(token, cache)
+            logits, hidden_states = ops.squeeze(logits, 1), ops.squeeze(hidden_states, 1)
+            certain = ops.where(is_filler, 0.0, -1e9)
+            return ops.where(is_finished(prompt, index), certain, logits), hidden_states, cache
+
+        buffer = self.sampler(
+            next=next,
+            prompt=ops.where(rows.is_prompt, rows.right(prompt), EMPTY),
+            cache=cache,
+            index=rows.start,
+            mask=rows.is_prompt,
+            stop_token_ids=stop_token_ids,
+            hidden_states=rows.right(hidden_states),
+            model=self,
+        )
+        generated = rows.left(buffer)
+        if stop_token_ids is None:
+            is_output = ops.ones_like(padding_mask)
+        else:
+            new = ops.logical_not(padding_mask)
+            stops = ops.cast(ops.logical_and(is_any(generated, stop_token_ids), new), "int32")
+            is_output = ops.cumsum(stops, axis=1) - stops == 0  # up to the first one, included
+        return {
+            "token_ids": ops.where(is_output, generated, token_ids),
+            "padding_mask": is_output,
+        }
+
+    def _advance(self, token_ids, cache, padding_mask=None):
+        """Hidden states of tokens that come after those in `cache`, and the next cache."""
+        mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
+        x = self.backbone.token_embedding(token_ids)
+        return self.backbone.stack(x, initial_state=cache, mask=mask, return_state=True)
+
+    def _logits(self, hidden_states):
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        return soft_cap(ops.cast(logits, "float32"), self.logit_soft_cap)
+
+    def _check_generation(self, stop_token_ids):
+        if isinstance(self.sampler, SpeculativeSampler):
+            raise ValueError(
+                "`SpeculativeSampler` drops tokens of a draft model again, and a recurrent state "
+                "cannot be rolled back. Compile with another sampler, such as 'greedy'."
+            )
+        if getattr(self.sampler, "return_all_beams", False):
+            raise ValueError(
+                "`generate()` returns one sequence a prompt. Received: a sampler with "
+                "`return_all_beams=True`. Compile with `return_all_beams=False`."
+            )
+        size = self.backbone.vocabulary_size
+        unknown = [id for id in stop_token_ids if not 0 <= id < size]
+        if unknown:
+            raise ValueError(
+                f"`stop_token_ids` must be ids in the vocabulary, 0 to {size - 1}. "
+                f"Received: {unknown}."
+            )

@@ -1,0 +1,39 @@
+import keras
+from keras_hub.models import CausalLMPreprocessor
+
+from keras_xlstm.models.backbone import XLSTMBackbone
+from keras_xlstm.models.tokenizer import XLSTMTokenizer
+
+
+@keras.saving.register_keras_serializable("keras_xlstm")
+class XLSTMCausalLMPreprocessor(CausalLMPreprocessor):
+    """Turns strings into token ids, padded on the right, and into next-token targets.
+
+    Args:
+        tokenizer: an `XLSTMTokenizer`.
+        sequence_length: int, the padded length.
+        add_start_token: bool, whether a text, or a prompt, starts with the start token.
+        add_end_token: bool, whether a text ends with the end token. A prompt never does.
+
+    Example:
+
+    ```python
+    preprocessor = XLSTMCausalLMPreprocessor(XLSTMTokenizer.byte_level(), sequence_length=32)
+    x, y, sample_weight = preprocessor(["one text", "another"])
+    ```
+    """
+
+    backbone_cls = XLSTMBackbone
+    tokenizer_cls = XLSTMTokenizer
+
+    def _generate_preprocess_python(self, x, sequence_length=None):
+        # KerasHub starts every prompt with the start token, also where no text did in training.
+        if not self.built:
+            self.build(None)
+        token_ids, padding_mask = self.packer(
+            self.tokenizer(x),
+            sequence_length=sequence_length,
+            add_start_value=self.add_start_token,
+            add_end_value=False,
+        )
+        return {"token_ids": token_ids, "padding_mask": padding_mask}

@@ -1,0 +1,88 @@
+"""Where the tokens of prompts of different lengths stand while they are continued.
+
+KerasHub's samplers move one column at a time through all rows: `next(prompt, cache, index)` reads
+column `index - 1` and gives the logits of column `index`. A recurrent state can neither skip a
+column nor take one twice, so all prompts must end at one column. With B rows of length T, prompts
+of `r` tokens that fit into P columns, and `s = P + min(r)`:
+
+    input, output (B, T)         buffer of the sampler (B, P + T)
+    a b c x x x x x              . . . . . a b c | x x x x x - -
+    d y y y y y y y              . . . . . . . d | y y y y y y y
+                                              s = 8
+
+The state has then seen every prompt but for its last token, which the first `next` reads; no row
+waits for another, and the loop makes `T - min(r)` steps.
+"""
+
+import numpy as np
+from keras import ops
+
+EMPTY = -1  # a column that is not generated yet: no token, so no stop token either
+SMALLEST_BUCKET = 16
+
+
+def add_prompt(inputs):
+    """Adds the columns `"prompt"` (B, P) that hold all prompts; runs before compilation.
+
+    P is a power of two, so that few compilations serve prompts of all lengths.
+
+    Raises:
+        ValueError: if a row has no prompt, or one that does not start at its left end.
+    """
+    mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
+    token_ids = ops.convert_to_tensor(inputs["token_ids"], "int32")
+    if mask.ndim != 2 or tuple(token_ids.shape) != mask.shape:
+        raise ValueError(
+            "`token_ids` and `padding_mask` must both have the shape (batch, length). Received: "
+            f"token_ids.shape={tuple(token_ids.shape)}, padding_mask.shape={mask.shape}."
+        )
+    T, lengths = mask.shape[1], mask.sum(1)
+    is_prefix = (mask == (np.arange(T) < lengths[:, None])).all(1)
+    bad = np.flatnonzero(~is_prefix | (lengths == 0))
+    if bad.size:
+        raise ValueError(
+            "Every prompt must have at least one token and stand at the left end of its row, with "
+            "the padding behind it: `padding_mask` is 1, ..., 1, 0, ..., 0. Received: "
+            f"padding_mask[{bad[0]}]={mask[bad[0]].astype(int)}. Pad on the right; to generate "
+            "from nothing, start with the start token."
+        )
+    P = min(T, max(SMALLEST_BUCKET, 1 << int(lengths.max() - 1).bit_length()))
+    mask = ops.convert_to_tensor(mask)
+    return {"token_ids": token_ids, "padding_mask": mask, "prompt": token_ids[:, :P]}
+
+
+class Alignment:
+    """The move of prompts of given lengths from the left to one common end, and back.
+
+    Args:
+        lengths: int tensor, (B,).
+        prompt_length: int, P.
+        max_length: int, T.
+    """
+
+    def __init__(self, lengths, prompt_length, max_length):
+        self.max_length = max_length
+        self.start = prompt_length + ops.min(lengths)  # s
+        self.last = (lengths - 1)[:, None]
+        self.budget = max_length - lengths  # tokens that each row may still take
+        self.shift = (self.start - lengths)[:, None]
+        columns = ops.arange(prompt_length + max_length, dtype="int32")[None]
+        self.source = ops.clip(columns - self.shift, 0, self.last)  # (B, P + T)
+        self.is_prompt = ops.broadcast_to(columns < self.start, ops.shape(self.source))
+
+    def right(self, x):
+        """(B, P, ...) to (B, P + T, ...). Where no prompt is, the row's nearest value repeats."""
+        source = self.source
+        for _ in x.shape[2:]:
+            source = source[..., None]
+        return ops.take_along_axis(x, source, axis=1)
+
+    def left(self, x):
+        """(B, P + T) to (B, T)."""
+        columns = ops.arange(self.max_length, dtype="int32")[None]
+        return ops.take_along_axis(x, columns + self.shift, axis=1)
+
+
+def is_any(token_ids, values):
+    """Where a token is one of the ids in `values`."""
+    return ops.any(token_ids[..., None] == ops.array(values, "int32"), axis=-1)
