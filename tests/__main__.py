@@ -1,61 +1,67 @@
-"""All checks: `python -m tests [backend ...] [pytest arguments]`.
+"""Lint, types, and all tests once per backend.
 
-Lint, format and types, then the whole suite once under each Keras backend, each in a process of
-its own. Exits with 0 only if all of it passed and every backend ran its tests.
+python -m tests                                 everything
+python -m tests jax torch -k conv --maxfail=1   some backends, and arguments for pytest
 """
 
 import os
-import re
 import subprocess
 import sys
+import tempfile
 import time
+from itertools import takewhile
 from pathlib import Path
+from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ("jax", "tensorflow", "torch")
-CHECKS = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
-
-
-def run(command, **env):
-    """Runs `python -m command`, shows what it prints, and returns exit code, output, seconds."""
-    print(f"\n== {' '.join(f'{k}={v}' for k, v in env.items())} {' '.join(command)}", flush=True)
-    start, output = time.perf_counter(), []
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        output.append(line)
-    return process.wait(), "".join(output), time.perf_counter() - start
+CHECKS = ("ruff check", "ruff format --check", "mypy")
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow tells of the machine's CPU, at length
 
 
 def main(arguments):
-    chosen = [name for name in BACKENDS if name in arguments] or BACKENDS
-    arguments = [argument for argument in arguments if argument not in BACKENDS]
-    failed = [check for check in CHECKS if run(check)[0]]
-    rows, totals = [], {"passed": 0, "failed": 0, "skipped": 0}
-    for backend in chosen:
-        code, output, seconds = run(["pytest", *arguments], KERAS_BACKEND=backend)
-        counts = {
-            word: sum(int(n) for n in re.findall(rf"\b(\d+) {word}", output.splitlines()[-1]))
-            for word in totals
-        }
-        counts["failed"] += sum(int(n) for n in re.findall(r"(\d+) error", output[-200:]))
-        totals = {word: totals[word] + counts[word] for word in totals}
-        if code or not counts["passed"]:
-            failed.append(backend)
-        rows.append(f"{backend:12}{counts['passed']:8}{counts['failed']:8}{seconds:9.0f}")
-    print(f"\n{'backend':12}{'passed':>8}{'failed':>8}{'seconds':>9}", *rows, sep="\n")
-    if failed:
-        print("FAILED:", *failed)
-    print("{passed} passed, {failed} failed, {skipped} skipped".format(**totals))
-    return bool(failed)
+    """Runs everything, also after a failure. Returns whether all went well."""
+    chosen = tuple(takewhile(BACKENDS.__contains__, arguments))
+    arguments, backends = arguments[len(chosen) :], chosen or BACKENDS
+    start = time.monotonic()
+    broken = [check for check in CHECKS if run(check.split())]
+    results = {backend: run_pytest(backend, arguments) for backend in backends}
+
+    print("\nbackend     passed  failed  errors  skipped  seconds")
+    for backend, result in results.items():
+        counts, seconds = result["counts"], result["seconds"]
+        print("{:10}{passed:8}{failed:8}{errors:8}{skipped:9}".format(backend, **counts), end="")
+        print(f"{seconds:9.0f}{'' if result['good'] else '  <- not good'}")
+    print(f"lint and types: {', '.join(broken) + ' failed' if broken else 'good'}")
+    total = {key: sum(r["counts"][key] for r in results.values()) for key in NO_COUNTS}
+    summary = ", ".join(f"{n} {key}" for key, n in total.items() if n or key == "passed")
+    print(f"===== {summary} in {time.monotonic() - start:.2f}s =====")
+    return not broken and all(result["good"] for result in results.values())
+
+
+NO_COUNTS = dict.fromkeys(("failed", "passed", "skipped", "errors"), 0)
+
+
+def run_pytest(backend, arguments):
+    start, counts = time.monotonic(), dict(NO_COUNTS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "results.xml")
+        exit_code = run(["pytest", f"--junitxml={path}", *arguments], KERAS_BACKEND=backend)
+        for suite in ElementTree.parse(path).iter("testsuite") if path.exists() else ():
+            found = {name: int(suite.get(name)) for name in ("failures", "errors", "skipped")}
+            counts["passed"] += int(suite.get("tests")) - sum(found.values())
+            counts["failed"] += found["failures"]
+            counts["errors"] += found["errors"]
+            counts["skipped"] += found["skipped"]
+    good = exit_code == 0 and counts["passed"] > 0
+    return {"good": good, "counts": counts, "seconds": time.monotonic() - start}
+
+
+def run(command, **environment):
+    print("\n$", *(f"{name}={value}" for name, value in environment.items()), *command, flush=True)
+    command = [sys.executable, "-m", *command]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | QUIET | environment).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(0 if main(sys.argv[1:]) else 1)

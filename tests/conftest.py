@@ -1,13 +1,12 @@
-from importlib import metadata
+from importlib.metadata import entry_points
 
 import keras
 import pytest
 
-if not metadata.entry_points(group="keras_xlstm.kernels"):
-    pytest.exit(
-        "keras-xlstm is not installed, so its kernels cannot be found and only the plain forms "
-        'would be tested. Run: pip install -e ".[test]"',
-        returncode=4,
+if not entry_points(group="keras_xlstm.kernels"):
+    raise pytest.UsageError(
+        "keras_xlstm must be installed: without entry points no backend's kernels are found, and "
+        'the tests would see the plain forms only. Run: pip install -e ".[test]"'
     )
 
 
