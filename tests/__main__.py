@@ -46,7 +46,9 @@ def run_pytest(backend, arguments):
     start, counts = time.monotonic(), dict(NO_COUNTS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
-        exit_code = run(["pytest", f"--junitxml={path}", *arguments], KERAS_BACKEND=backend)
+        command = ["pytest", "-n2", "--dist=loadfile", f"--junitxml={path}", *arguments]
+        # Two workers of one thread each: torch is slow where threads outnumber cores.
+        exit_code = run(command, KERAS_BACKEND=backend, OMP_NUM_THREADS="1")
         for suite in ElementTree.parse(path).iter("testsuite") if path.exists() else ():
             found = {name: int(suite.get(name)) for name in ("failures", "errors", "skipped")}
             counts["passed"] += int(suite.get("tests")) - sum(found.values())

@@ -63,7 +63,9 @@ def causal_conv1d(x, kernel, bias=None, *, initial_state=None, mask=None, reset=
     K = kernel.shape[0]
     given = [z for z in (x, kernel, bias, initial_state) if z is not None]
     dtype = np.result_type(*given)
-    (state,) = own_state(None if initial_state is None else (initial_state,), [(B, K - 1, D)], dtype)
+    (state,) = own_state(
+        None if initial_state is None else (initial_state,), [(B, K - 1, D)], dtype
+    )
     y = np.zeros((B, S, D), dtype)
     for b, t in steps_that_happen(B, S, mask):
         if reset is not None and reset[b, t]:
