@@ -9,7 +9,7 @@ from keras_xlstm.ops.checks import check_positive_int
 class Block(keras.layers.Layer):
     """A residual block with a state: a list of float32 tensors, see `get_initial_state`.
 
-    Subclasses give `build`, `get_initial_state` and `mix`.
+    Subclasses give `build`, `state_names`, `get_initial_state` and `mix`.
 
     Call arguments:
         x: float tensor, (B, S, D).
@@ -32,11 +32,23 @@ class Block(keras.layers.Layer):
         self.supports_masking = True
 
     def call(self, x, initial_state=None, mask=None, reset=None, return_state=False, training=None):
+        if mask is None:  # Keras fills the mask in only where no other tensor is passed
+            mask = getattr(x, "_keras_mask", None)
         x = ops.cast(x, self.compute_dtype)
         if initial_state is None:
             initial_state = self.get_initial_state(ops.shape(x)[0])
+        elif len(initial_state) != len(self.state_names):
+            raise ValueError(
+                f"`initial_state` must hold the tensors {self.state_names}, as return_state=True "
+                f"returns them. Received: {len(initial_state)} of them."
+            )
         y, state = self.mix(x, list(initial_state), mask=mask, reset=reset)
         return (y, state) if return_state else y
+
+    @property
+    def state_names(self):
+        """What the tensors of the state are, in order."""
+        raise NotImplementedError
 
     def get_initial_state(self, batch_size):
         """The state before the first step: a list of float32 zeros with `batch_size` rows."""
@@ -66,6 +78,14 @@ class Block(keras.layers.Layer):
             "block_index": self.block_index,
             "norm_epsilon": self.norm_epsilon,
         }
+
+
+def check_conv_kernel_size(conv_kernel_size):
+    if not isinstance(conv_kernel_size, int) or conv_kernel_size < 0:
+        raise ValueError(
+            "`conv_kernel_size` must be a positive integer, or 0 for no convolution. "
+            f"Received: conv_kernel_size={conv_kernel_size!r}."
+        )
 
 
 def round_up(width, multiple):

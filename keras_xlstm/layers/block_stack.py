@@ -126,6 +126,8 @@ class XLSTMBlockStack(keras.layers.Layer):
         return [block.get_initial_state(batch_size) for block in self.blocks]
 
     def call(self, x, initial_state=None, mask=None, reset=None, return_state=False, training=None):
+        if mask is None:  # Keras fills the mask in only where no other tensor is passed
+            mask = getattr(x, "_keras_mask", None)
         if initial_state is None:
             initial_state = self.get_initial_state(ops.shape(x)[0])
         if len(initial_state) != self.num_blocks:

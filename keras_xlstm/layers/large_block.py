@@ -129,6 +129,10 @@ class XLSTMLargeBlock(Block):
             name=name,
         )
 
+    @property
+    def state_names(self):
+        return ("h", "c", "n", "m") if self.slstm else ("C", "n", "m")
+
     def get_initial_state(self, batch_size):
         return self.mixer.get_initial_state(batch_size)
 

@@ -2,7 +2,7 @@ import keras
 from keras import ops as kops
 
 from keras_xlstm import ops
-from keras_xlstm.layers.block import Block, round_up
+from keras_xlstm.layers.block import Block, check_conv_kernel_size, round_up
 from keras_xlstm.layers.causal_conv1d import CausalConv1D
 from keras_xlstm.layers.headwise_dense import HeadwiseDense
 from keras_xlstm.layers.initializers import Linspace, small_init, wang_init
@@ -59,6 +59,7 @@ class MLSTMBlock(Block):
         check_positive_int(
             num_heads=num_heads, qkv_block_size=qkv_block_size, proj_round_up_to=proj_round_up_to
         )
+        check_conv_kernel_size(conv_kernel_size)
         self.num_heads, self.conv_kernel_size = num_heads, conv_kernel_size
         self.qkv_block_size, self.proj_factor = qkv_block_size, proj_factor
         self.proj_round_up_to = proj_round_up_to
@@ -100,6 +101,10 @@ class MLSTMBlock(Block):
         self.head_norm.build((None, None, NH, self.head_dim))
         self.skip = self.add_weight(shape=(inner,), initializer="ones", name="skip")
         self.down = self._dense(D, "down", wang_init(D, self.num_blocks), inner)
+
+    @property
+    def state_names(self):
+        return ("conv", "C", "n", "m") if self.conv_kernel_size else ("C", "n", "m")
 
     def get_initial_state(self, batch_size):
         conv = [self.conv.get_initial_state(batch_size)] if self.conv_kernel_size else []

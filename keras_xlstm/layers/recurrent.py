@@ -76,7 +76,8 @@ class Recurrent(keras.layers.RNN):
                 f"Received: batch size {x.shape[0]}, built for {self._expected_batch_size}. "
                 "Build the layer for the new size, or pass stateful=False."
             )
-        state = self.states if initial_state is None else initial_state
+        # Copies, since torch would differentiate through what is then assigned in place.
+        state = [ops.copy(v) for v in self.states] if initial_state is None else initial_state
         if not isinstance(state, (list, tuple)) or len(state) != len(self.state_size):
             received = len(state) if isinstance(state, (list, tuple)) else type(state).__name__
             raise ValueError(
@@ -88,8 +89,8 @@ class Recurrent(keras.layers.RNN):
 
     def _create_state_variables(self, batch_size):
         states = [
-            keras.Variable(x, trainable=False, dtype=STATE_DTYPE, name="state", autocast=False)
-            for x in self.get_initial_state(batch_size)
+            keras.Variable(x, trainable=False, dtype=STATE_DTYPE, name=f"state_{i}", autocast=False)
+            for i, x in enumerate(self.get_initial_state(batch_size))
         ]
         # Part of `variables`, so that compiled training and prediction carry them on, but not of
         # `weights`: a stateful layer takes the weights of a stateless one.
@@ -118,6 +119,7 @@ class Recurrent(keras.layers.RNN):
     def get_config(self):
         config = super().get_config()
         cell = config.pop("cell")["config"]
+        config["activity_regularizer"] = keras.regularizers.serialize(self.activity_regularizer)
         return {k: v for k, v in cell.items() if k not in ("name", "trainable", "dtype")} | config
 
     @classmethod
@@ -126,15 +128,18 @@ class Recurrent(keras.layers.RNN):
 
 
 def _backwards(x, mask, reset):
-    """Reverses time. A document that began at step t ends there, one step later in reverse."""
-    x = ops.flip(x, axis=1)
-    if mask is not None:
-        mask = ops.flip(mask, axis=1)
-    if reset is not None:
-        reset = ops.cast(reset, "bool")
-        after = ops.concatenate([reset[:, 1:], ops.zeros_like(reset[:, :1])], axis=1)
-        reset = ops.flip(after, axis=1)
-    return x, mask, reset
+    """Reverses time. A reset then stands where the document before it begins, which is its end."""
+    x, mask = (None if y is None else ops.flip(y, axis=1) for y in (x, mask))
+    if reset is None:
+        return x, mask, None
+    starts = ops.flip(ops.cast(reset, "bool"), axis=1)
+    happens = ops.ones_like(starts) if mask is None else mask
+    starts = ops.cast(ops.logical_and(starts, happens), "int32")
+    document = ops.cumsum(starts, axis=1) - starts  # counted from the end of the row
+    order, rank = steps_that_happen(happens)
+    before = ops.take_along_axis(order, ops.maximum(rank - 1, 0), axis=1)
+    changes = ops.not_equal(document, ops.take_along_axis(document, before, axis=1))
+    return x, mask, ops.logical_and(changes, happens)
 
 
 def _last_output(h, mask):

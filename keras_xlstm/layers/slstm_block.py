@@ -2,7 +2,7 @@ import keras
 from keras import ops as kops
 
 from keras_xlstm import ops
-from keras_xlstm.layers.block import Block, round_up
+from keras_xlstm.layers.block import Block, check_conv_kernel_size, round_up
 from keras_xlstm.layers.causal_conv1d import CausalConv1D
 from keras_xlstm.layers.feed_forward import GatedFeedForward
 from keras_xlstm.layers.headwise_dense import HeadwiseDense
@@ -56,6 +56,7 @@ class SLSTMBlock(Block):
     ):
         super().__init__(num_blocks, block_index, norm_epsilon, **kwargs)
         check_positive_int(num_heads=num_heads, ffn_round_up_to=ffn_round_up_to)
+        check_conv_kernel_size(conv_kernel_size)
         self.num_heads, self.conv_kernel_size = num_heads, conv_kernel_size
         self.ffn_dim_factor, self.ffn_round_up_to = ffn_dim_factor, ffn_round_up_to
         self.kernel = kernel
@@ -98,6 +99,10 @@ class SLSTMBlock(Block):
         )
         for layer in (self.norm, self.ffn_norm, self.ffn):
             layer.build(input_shape)
+
+    @property
+    def state_names(self):
+        return ("conv", "h", "c", "n", "m") if self.conv_kernel_size else ("h", "c", "n", "m")
 
     def get_initial_state(self, batch_size):
         conv = [self.conv.get_initial_state(batch_size)] if self.conv_kernel_size else []
