@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Trains a small xLSTM on the Python language reference, and lets it write some more of it.
 
     python examples/quickstart.py                         on JAX

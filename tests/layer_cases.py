@@ -66,4 +66,5 @@ def assert_close(got, wanted, **tolerance):
     """Compares two structures of arrays, element by element."""
     pairs = zip(keras.tree.flatten(got), keras.tree.flatten(wanted), strict=True)
     for x, y in pairs:
+        assert tuple(np.shape(x)) == tuple(np.shape(y))
         np.testing.assert_allclose(numpy(x), numpy(y), **NOISE | tolerance)

@@ -1,4 +1,4 @@
-"""What blocks are made of: convolution, headwise projections, norm, feed-forward; how they start."""
+"""What blocks are made of: convolution, headwise projections, norm, feed-forward network."""
 
 import inspect
 import json
@@ -164,7 +164,9 @@ def test_recurrence_takes_gates_and_shaped_states():
     gates, states = random(B, S, 4, 3, 2), [np.abs(random(B, 3, 2, seed=n)) for n in range(4)]
     R, bias = (numpy(w).astype("float64") for w in layer.weights)
     h, state = layer(gates, initial_state=states)
-    assert_close([h, *state], keras.tree.flatten(oracle.slstm(gates, R, bias, initial_state=states)))
+    assert_close(
+        [h, *state], keras.tree.flatten(oracle.slstm(gates, R, bias, initial_state=states))
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_the_large_block_starts_as_in_the_paper():
     for gate in (cell.input_gate, cell.forget_gate):
         assert np.all(numpy(gate.kernel) == 0)
     assert_close(cell.input_gate.bias, np.full(4, -10.0))
-    assert_close(cell.forget_gate.bias, [3.0, 4.0, 5.0, 6.0])
+    assert_close(cell.forget_gate.bias, np.linspace(3, 6, 4))
     for norm in (block.norm, block.ffn_norm, cell.norm):
         assert np.all(numpy(norm.weights[0]) == 1) and len(norm.weights) == 1
     assert block.ffn.intermediate_dim == 192  # 2.667 x 64 = 170.7, up to a multiple of 64
@@ -225,7 +227,7 @@ def test_the_original_blocks_start_as_in_the_paper():
         assert deviation(part.weights[0]) == pytest.approx(small, rel=0.15)  # 512 draws: 3 %
     for gate in (block.input_gate, block.forget_gate):
         assert np.all(numpy(gate.kernel) == 0)
-    assert_close(block.forget_gate.bias, [3.0, 4.0, 5.0, 6.0])
+    assert_close(block.forget_gate.bias, np.linspace(3, 6, 4))
     assert np.abs(numpy(block.input_gate.bias)).max() < 0.5  # deviation 0.1
     assert np.all(numpy(block.skip) == 1)
 
@@ -255,7 +257,7 @@ def test_forget_bias_of_a_single_block_and_of_heads_of_width_one():
     layer = built(SLSTM(4, num_heads=2), None, None, 3)
     assert_close(layer.cell.recurrence.bias, PowerlawForgetBias()((4, 2, 2)))
     assert np.isfinite(numpy(PowerlawForgetBias()((4, 3, 1)))).all()
-    assert_close(Linspace(3.0, 6.0)((1,)), [3.0])
+    assert_close(Linspace(3.0, 6.0)((1,)), np.array([3.0]))
 
 
 @pytest.mark.parametrize(
@@ -287,5 +289,5 @@ def test_mlstm_layer_starts_as_documented():
     for part in (cell.query, cell.key, cell.value, cell.output_gate):
         assert close(deviation(part.kernel), math.sqrt(2 / (5 * 128)))
     assert_close(cell.input_gate.bias, np.full(4, -10.0))
-    assert_close(cell.forget_gate.bias, [3.0, 4.0, 5.0, 6.0])
+    assert_close(cell.forget_gate.bias, np.linspace(3, 6, 4))
     assert ops.all(ops.equal(cell.norm.scale, 1))

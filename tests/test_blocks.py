@@ -117,7 +117,10 @@ def numpy_large_block(block, x, state, **flags):
     cell, y = block.mixer.cell, norm(x, block.norm, centre=False)
     q, k, v = (split_heads(dense(y, part)) for part in (cell.query, cell.key, cell.value))
     i, f = (15 * np.tanh(dense(y, gate) / 15) for gate in (cell.input_gate, cell.forget_gate))
-    state = [s.reshape(shape) for s, shape in zip(state, [(-1, 2, 2, 4), (-1, 2, 2), (-1, 2)])]
+    state = [
+        s.reshape(shape)
+        for s, shape in zip(state, [(-1, 2, 2, 4), (-1, 2, 2), (-1, 2)], strict=True)
+    ]
     h, state = oracle.mlstm(q, k, v, i, f, initial_state=state, **flags)
     h = oracle.sigmoid(dense(y, cell.output_gate)) * norm(h, cell.norm).reshape(x.shape)
     x = x + dense(h, cell.output_projection)
