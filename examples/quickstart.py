@@ -49,7 +49,7 @@ def main():
     )
     in_order = range(0, len(validation) - WINDOW, WINDOW)
     history = lm.fit(
-        [training[s : s + WINDOW + 1] for s in anywhere.flat],
+        [training[s : s + WINDOW + 1] for s in anywhere],
         validation_data=([validation[s : s + WINDOW + 1] for s in in_order], None),
         batch_size=BATCH,
         steps_per_epoch=STEPS,
@@ -160,7 +160,7 @@ def plot(history, baselines, path):
     axes.plot(steps, history["val_bits_per_byte"], "o-", label="validation")
     for name, bits in baselines.items():
         axes.axhline(bits, color="gray", linestyle="--", linewidth=1)
-        axes.text(steps[-1], bits, f"{name} model", ha="right", va="bottom", color="gray")
+        axes.text(steps[-1], bits, f"{name} model", ha="right", va="top", color="gray")
     axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None), ylim=(0, None))
     axes.set_title(f"A small xLSTM reads the Python reference ({keras.backend.backend()})")
     axes.legend(loc="lower left")

@@ -102,7 +102,7 @@ class Recurrent(keras.layers.RNN):
 
     def reset_state(self):
         for variable in self.states or []:
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros(variable.shape))
 
     def compute_output_spec(
         self, sequences, initial_state=None, mask=None, reset=None, training=False
