@@ -26,8 +26,10 @@ SAMPLERS = {
 
 @functools.cache
 def language_model(block_style):
-    """A model with noisy weights that writes printable text: all other bytes have logit 0."""
-    keras.utils.set_random_seed(3)
+    """A model that writes printable text, since all other bytes have logit 0.
+
+    What Keras draws differs between backends, so all matrices are drawn by NumPy.
+    """
     tokenizer = XLSTMTokenizer.byte_level()
     backbone = XLSTMBackbone(
         tokenizer.vocabulary_size(),
@@ -40,7 +42,8 @@ def language_model(block_style):
     )
     noise = np.random.default_rng(3)
     for w in backbone.trainable_variables:
-        w.assign(w + 0.3 * noise.normal(size=w.shape))
+        drawn = "kernel" in w.path or "embeddings" in w.path or "input_gate" in w.path
+        w.assign((0 if drawn else w) + 0.3 * noise.normal(size=w.shape))
     head = ops.convert_to_numpy(backbone.token_embedding.reverse_embeddings).copy()
     head[:, 1:34] = head[:, 129:] = 0
     backbone.token_embedding.reverse_embeddings.assign(head)
@@ -73,9 +76,9 @@ def assert_same(got, expected):
 
 
 def stops_in(outputs, inputs):
-    """Two ids: what the first two rows wrote as their fifth and tenth token."""
+    """Two ids: what the first two rows wrote as their fifth token."""
     lengths = inputs["padding_mask"].sum(1)
-    return tuple(int(outputs["token_ids"][i, lengths[i] + n]) for i, n in ((0, 4), (1, 9)))
+    return tuple(int(outputs["token_ids"][i, lengths[i] + 4]) for i in (0, 1))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -89,10 +92,12 @@ def test_each_row_gets_what_it_gets_alone(block_style, sampler):
     np.testing.assert_array_equal(free["token_ids"][~new], inputs["token_ids"][~new])
     stops = stops_in(free, inputs)
     stopped = generate(model, inputs, stops)
-    assert not stopped["padding_mask"].all()
+    finished = ~stopped["padding_mask"][:, -1]
+    assert finished.any() and not finished.all(), "some rows should end early, and some not"
     for i in range(len(prompts)):
-        assert_same(row(free, i), generate(model, row(inputs, i)))
         assert_same(row(stopped, i), generate(model, row(inputs, i), stops))
+        if sampler == "greedy":
+            assert_same(row(free, i), generate(model, row(inputs, i)))
 
 
 @pytest.mark.parametrize("block_style", ["large", "original"])
@@ -119,10 +124,9 @@ def test_stop_tokens_end_a_row_and_padding_follows():
 
 
 def test_a_stop_token_in_a_prompt_ends_nothing():
-    model, inputs = generator("greedy"), prompts_of(PROMPTS)
-    first = int(inputs["token_ids"][1, 1])
-    assert first not in generate(model, row(inputs, 1))["token_ids"][0, 6:]
-    assert_same(generate(model, row(inputs, 1), (first,)), generate(model, row(inputs, 1)))
+    model, inputs = generator("greedy"), prompts_of(["é"])
+    byte = int(inputs["token_ids"][0, 1])  # which this model never writes
+    assert_same(generate(model, inputs, (byte,)), generate(model, inputs))
 
 
 @pytest.mark.parametrize("sampler", ["top_k", "top_p", "random"])
@@ -273,16 +277,16 @@ def test_samplers_that_cannot_serve_say_why():
         generate(generator("greedy"), inputs, (0, 258))
 
 
-def test_mixed_precision_keeps_rows_apart():
+def test_mixed_precision_generates():
     model = language_model("original")
     config = model.backbone.get_config() | {"dtype": "mixed_bfloat16"}
     backbone = XLSTMBackbone.from_config(config)
     backbone.set_weights(model.backbone.get_weights())
     model = XLSTMCausalLM(backbone)
     inputs = prompts_of(PROMPTS[:3])
-    for sampler in SAMPLERS:
-        model.compile(sampler=SAMPLERS[sampler]())
-        together = generate(model, inputs, (70,))
-        assert (together["token_ids"] >= 0).all()
-        for name in ("token_ids", "padding_mask"):
-            assert together[name].shape == (3, T)
+    model.compile(sampler=SAMPLERS["contrastive"]())  # the one that keeps hidden states
+    together = generate(model, inputs)
+    assert together["padding_mask"].all()
+    for name, x in inputs.items():
+        np.testing.assert_array_equal(together[name][:, 0], x[:, 0])
+    assert (together["token_ids"] >= 0).all()

@@ -2,6 +2,7 @@
 
 import keras
 from keras import ops
+from keras.src import backend
 
 from keras_xlstm.ops.checks import check_positive_int
 
@@ -33,7 +34,7 @@ class Block(keras.layers.Layer):
 
     def call(self, x, initial_state=None, mask=None, reset=None, return_state=False, training=None):
         if mask is None:  # Keras fills the mask in only where no other tensor is passed
-            mask = getattr(x, "_keras_mask", None)
+            mask = backend.get_keras_mask(x)
         x = ops.cast(x, self.compute_dtype)
         if initial_state is None:
             initial_state = self.get_initial_state(ops.shape(x)[0])

@@ -1,5 +1,6 @@
 import keras
 from keras import ops
+from keras.src import backend
 
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
 from keras_xlstm.layers.mlstm_block import MLSTMBlock
@@ -127,7 +128,7 @@ class XLSTMBlockStack(keras.layers.Layer):
 
     def call(self, x, initial_state=None, mask=None, reset=None, return_state=False, training=None):
         if mask is None:  # Keras fills the mask in only where no other tensor is passed
-            mask = getattr(x, "_keras_mask", None)
+            mask = backend.get_keras_mask(x)
         if initial_state is None:
             initial_state = self.get_initial_state(ops.shape(x)[0])
         if len(initial_state) != self.num_blocks:

@@ -12,6 +12,7 @@ import math
 
 import keras
 from keras import ops
+from keras.src import backend
 
 from keras_xlstm.ops.masks import steps_that_happen, take_steps
 
@@ -50,7 +51,7 @@ class Recurrent(keras.layers.RNN):
 
     def call(self, sequences, initial_state=None, mask=None, reset=None, training=False):
         if mask is None:  # Keras fills the mask in only where no other tensor is passed
-            mask = getattr(sequences, "_keras_mask", None)
+            mask = backend.get_keras_mask(sequences)
         x = ops.cast(sequences, self.compute_dtype)
         if mask is not None:
             mask = ops.cast(mask, "bool")

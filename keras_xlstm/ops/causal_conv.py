@@ -67,15 +67,18 @@ def causal_conv1d(
         resets = ops.cumsum(ops.cast(reset, "int32"), axis=1)
         segment = ops.pad(resets, [[0, 0], [K - 1, 0]])
 
-    y = ops.zeros_like(x)
+    # Products and sums in float32, also those of the gradients, as for matrix products.
+    window, kernel = ops.cast(window, "float32"), ops.cast(kernel, "float32")
+    y = ops.zeros_like(x, dtype="float32")
     for j in range(K):
         tap = window[:, j : S + j]
         if segment is not None:
             same = ops.equal(segment[:, j : S + j], resets)[..., None]
             tap = ops.where(same, tap, ops.zeros_like(tap))
-        y = y + tap * ops.cast(kernel[j], x.dtype)
+        y = y + tap * kernel[j]
     if bias is not None:
-        y = y + ops.cast(bias, x.dtype)
+        y = y + ops.cast(bias, "float32")
+    y = ops.cast(y, x.dtype)
     if mask is not None:
         y = take_steps(y, rank)
         y = ops.where(mask[..., None], y, ops.zeros_like(y))
@@ -83,7 +86,7 @@ def causal_conv1d(
         return y
 
     if mask is None:
-        state = window[:, S:]
+        state = ops.take(window, S + ops.arange(K - 1), axis=1)
     else:
         count = ops.sum(ops.cast(mask, "int32"), axis=1, keepdims=True)
         last = count + ops.arange(K - 1)  # (B, K - 1): where the state stands in the window
