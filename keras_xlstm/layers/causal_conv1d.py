@@ -38,11 +38,13 @@ class CausalConv1D(keras.layers.Layer):
     def build(self, input_shape):
         D, K = input_shape[-1], self.kernel_size
         limit = K**-0.5  # a depthwise window has K inputs
-        initializer = keras.initializers.RandomUniform(-limit, limit)
-        self.kernel = self.add_weight(shape=(K, D), initializer=initializer, name="kernel")
-        self.bias = None
-        if self.use_bias:
-            self.bias = self.add_weight(shape=(D,), initializer=initializer, name="bias")
+
+        def uniform(shape, name):  # an initializer each: one would draw the same numbers twice
+            initializer = keras.initializers.RandomUniform(-limit, limit)
+            return self.add_weight(shape=shape, initializer=initializer, name=name)
+
+        self.kernel = uniform((K, D), "kernel")
+        self.bias = uniform((D,), "bias") if self.use_bias else None
 
     def get_initial_state(self, batch_size):
         return kops.zeros((batch_size, self.kernel_size - 1, self.kernel.shape[-1]), "float32")
