@@ -45,7 +45,7 @@ def main():
     lm = new_model()
     print(f"{lm.count_params()} parameters, {keras.backend.backend()} backend")
     anywhere = np.random.default_rng(0).integers(
-        len(training) - WINDOW, size=(EPOCHS, STEPS, BATCH)
+        len(training) - WINDOW, size=EPOCHS * STEPS * BATCH
     )
     in_order = range(0, len(validation) - WINDOW, WINDOW)
     history = lm.fit(
