@@ -25,7 +25,6 @@ What a kernel of each operation receives and returns stands in `keras_xlstm/ops`
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -46,6 +45,7 @@ class Kernel:
 _kernels: dict[str, dict[str, Kernel]] = {}  # op -> name -> kernel
 _prepare: dict[str, Callable] = {}  # op -> public arguments to a kernel's
 _in_use: dict[str, str] = {}  # op -> name, where `use` has set one
+_loaded = False  # the kernels of other packages
 
 
 def define(op, prepare):
@@ -191,10 +191,12 @@ def _prepare_of(op):
     return _prepare[op]
 
 
-@functools.cache
 def _load_entry_points():
-    for entry_point in metadata.entry_points(group=ENTRY_POINTS, name=keras.backend.backend()):
-        entry_point.load()()
+    global _loaded  # and not functools.cache, which torch.compile looks through
+    if not _loaded:
+        for entry_point in metadata.entry_points(group=ENTRY_POINTS, name=keras.backend.backend()):
+            entry_point.load()()
+        _loaded = True
 
 
 def _serves_all(*args, **kwargs):

@@ -12,14 +12,13 @@ Three things make it short and exact:
 - The normalizer is one more column of the memory: n is what C would hold of values that are 1.
 - Logarithms of decays are differences of float64 prefix sums, so that small ones survive beside
   large ones. All else is float32, whatever the inputs come in.
-- A stabilizer only scales, so what depends on it cancels, but for eps and the last state. What is
-  left flows to the step that set the maximum.
+- A stabilizer only scales, so its gradient cancels, but for eps and the last state. What is left
+  flows to the step that set the maximum.
 """
 
-import itertools
+import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from keras_xlstm.ops.mlstm import MAX_EXPONENT, chunkwise
 
@@ -27,57 +26,274 @@ RESET = -1e6  # for NEVER in sums: float64 still resolves what it is added to
 GROUP_SIZE = 2**19  # elements of the largest temporary of a group
 
 
+def mlstm_chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+    L = chunk_size or chunk_size_for(q.shape[-1], v.shape[-1])
+    keep = torch.is_grad_enabled()
+    s = s.view_as(s)  # where it is i itself: Dynamo wants inputs apart
+    with torch.autocast(q.device.type, enabled=False):
+        h, C, n, m, *_ = Chunkwise.apply(L, eps, keep, q, k, v, i, log_f, s, *state)
+    return h, (C, n, m)
+
+
 def chunk_size_for(DHQK, DHHV):
     return 64 if DHQK * DHHV < 2**16 else 128
 
 
-def mlstm_chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
-    L = chunk_size or chunk_size_for(q.shape[-1], v.shape[-1])
-    inputs = (q, k, v, i, log_f, s, *state)
-    h, C, n, m, *_ = Chunkwise.apply(min(L, q.shape[1]), eps, torch.is_grad_enabled(), *inputs)
-    return h, (C, n, m)
-
-
-class PerRow(torch.autograd.Function):
-    """A function of tensors whose first axis is the batch: `torch.vmap` makes it a longer one."""
-
-    generate_vmap_rule = False
-
-    @classmethod
-    def vmap(cls, info, in_dims, *args):
-        def fold(x, dim):
-            if not isinstance(x, torch.Tensor):
-                return x
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.flatten(0, 1)
-
-        outputs = cls.apply(*map(fold, args, in_dims))
-        unfolded = tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs)
-        return unfolded, (0,) * len(unfolded)
-
-
-class Chunkwise(PerRow):
-    """h, C, n and m, and with `keep` what the gradient needs."""
+class Chunkwise(torch.autograd.Function):
+    """h, C, n and m; with `keep` also, group by group, what the gradient needs."""
 
     @staticmethod
     def forward(L, eps, keep, q, k, v, i, log_f, s, C, n, m):
-        B, S, NH, DHQK = q.shape
-        DHHV = v.shape[-1]
-        h = torch.empty((B, S, NH, DHHV), dtype=torch.float32, device=q.device)
-        memory, m = with_normalizer(C, n), m.flatten()
-        kept = []
+        h = torch.empty((*q.shape[:3], v.shape[-1]), dtype=torch.float32, device=q.device)
+        memory, m, kept = with_normalizer(C, n), m.clone(), []
         for group in groups(q, v, L):
-            start, start_m = memory, m
-            gates = Gates(*(group.take(x) for x in (i, log_f, s)), start_m)
-            m = gates.m[:, -1]
-            x, y, z = group.take(q) * DHQK**-0.5, group.take(k), with_ones(group.take(v))
-            starts, memory = next_states((y * gates.at_end[..., None]).mT @ z, start, gates)
-            num = torch.mul(x @ starts, gates.outer[..., None])
-            num = add_product(num, (x @ y.mT).mul_(gates.inner()), z)
-            nq, m_t = num[..., -1], gates.m_t
-            torch.div(num[..., :-1], denominator(nq, m_t, eps)[..., None], out=group.put(h))
+            gates = Gates(group, q, i, log_f, s, m)
+            x, y, z = group.products(q, k, v)
+            starts, memory = next_states((y * gates.to_end).mT @ z, memory, gates)
+            num = (x @ starts).mul_(gates.from_start)
+            add_product(num, (x @ y.mT).mul_(gates.inside()), z)
+            nq = num[..., -1:].clone()
+            group.of(h)[:] = num[..., :-1].div_(gates.denominator(nq, eps))
             if keep:
-                kept.append((nq, m_t, start_m, starts))
-        C, n = (x.unflatten(0, (B, NH)) for x in (memory[..., :-1], memory[..., -1]))
-        kept = [x.clone() for x in itertools.chain(*kept)]
-        return h, C.contiguous(), n.contiguous(), m.reshape(B, NH), *kept
+                kept += nq, m, gates.m_t, starts
+            m = gates.m[..., -1]
+        C, n = memory[..., :-1].contiguous(), memory[..., -1].contiguous()
+        return h, C, n, m.clone(), *kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.L, ctx.eps, _, *inputs = inputs
+        ctx.mark_non_differentiable(*outputs[4:])
+        ctx.save_for_backward(*inputs, *outputs)
+
+    @staticmethod
+    def backward(ctx, dh, dC, dn, dm, *_):
+        # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
+        gradient = Gradient.forward if torch.compiler.is_compiling() else Gradient.apply
+        with torch.autocast(dh.device.type, enabled=False):
+            gradients = gradient(ctx.L, ctx.eps, dh, dC, dn, dm, *ctx.saved_tensors)
+        return None, None, None, *gradients
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return fold_into_batch(Chunkwise, info.batch_size, in_dims, args)
+
+
+class Gradient(torch.autograd.Function):
+    """The gradients with respect to q, k, v, i, log_f, s, C, n and m."""
+
+    @staticmethod
+    def forward(L, eps, dh, dC, dn, dm, q, k, v, i, log_f, s, C, n, m, h, C_end, n_end, _, *kept):
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        di, dlog_f, dm_t, m_t = (torch.empty_like(i, dtype=torch.float64) for _ in range(4))
+        later = with_normalizer(dC, dn)  # the gradient of the state at a group's end
+        for group in reversed(groups(q, v, L)):
+            *kept, nq, start_m, group.of(m_t)[:], starts = kept
+            gates = Gates(group, q, i, log_f, s, start_m)
+            x, y, z = group.products(q, k, v)
+            P = gates.inside()
+
+            # h = num / (max(|nq|, exp(-m)) + eps)
+            d_num = torch.empty_like(z)
+            d_num[..., :-1] = group.of(dh)
+            d_num[..., :-1] /= gates.denominator(nq, eps)
+            along = (d_num[..., :-1] * group.of(h)).sum(-1, keepdim=True)
+            d_num[..., -1:] = -along * nq.sign() * (nq.abs() > gates.floor())
+            group.of(dm_t)[:] = -eps * along[..., 0]
+
+            # num = (P * q k^T) z + from_start * q C
+            S_tj = (x @ y.mT).mul_(P)
+            dS = d_num @ z.mT
+            dz = S_tj.mT @ d_num
+            d_inside = S_tj.mul_(dS)  # of logarithms, as all of these
+            dA = dS.mul_(P)
+            d_num *= gates.from_start
+            dx = d_num @ starts.mT
+            d_from_start = (dx * x).sum(-1)
+            add_product(dx, dA, y)
+            dy = dA.mT @ x
+
+            # C' = between * C + (to_end * k) z^T
+            d_ends, later, d_between = earlier_states(x.mT @ d_num, later, starts, gates)
+            dy_end = (z @ d_ends.mT).mul_(gates.to_end)
+            d_to_end = (dy_end * y).sum(-1)
+            add_product(dz, y.mul_(gates.to_end), d_ends)
+
+            group.of(dq)[:] = dx
+            group.of(dk)[:] = dy.add_(dy_end)
+            group.of(dv)[:] = dz[..., :-1]
+            group.of(di)[:] = d_inside.sum(-2) + d_to_end
+            group.of(dlog_f)[:] = gates.through_decays(d_inside, d_from_start, d_to_end, d_between)
+
+        dm = dm - (dC * C_end).sum((-1, -2)) - (dn * n_end).sum(-1)
+        ds, more_log_f, dm = to_the_maximum(dm_t, dm, m_t, log_f, s, m)
+        dC, dn = later[..., :-1], later[..., -1]
+        dm = dm + (dC * C).sum((-1, -2)) + (dn * n).sum(-1)
+        dlog_f += more_log_f
+        gates = (x.to(i.dtype) for x in (di, dlog_f, ds))
+        return dq, dk, dv, *gates, dC.contiguous(), dn.contiguous(), dm.to(m.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.L, ctx.eps, *tensors = inputs
+        ctx.save_for_backward(*tensors[:13])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """The gradient's own, which torch derives from the same chunks in `keras.ops`."""
+
+        def outputs(*inputs):
+            h, state = chunkwise(*inputs[:6], inputs[6:], chunk_size=ctx.L, eps=ctx.eps)
+            return h, *state
+
+        def gradient(*tensors):
+            return torch.func.vjp(outputs, *tensors[4:])[1](tensors[:4])
+
+        second = torch.func.vjp(gradient, *ctx.saved_tensors)[1](gradients)
+        constants = len(ctx.needs_input_grad) - 2 - len(second)
+        return None, None, *second, *[None] * constants
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return fold_into_batch(Gradient, info.batch_size, in_dims, args)
+
+
+class Group:
+    """G chunks of L steps from `start` on."""
+
+    def __init__(self, start, G, L):
+        self.start, self.G, self.L = start, G, L
+
+    def of(self, x):
+        """A view of these steps: (B, S, NH, ...) -> (B, NH, G, L, ...)."""
+        x = x[:, self.start : self.start + self.G * self.L]
+        return x.unflatten(1, (self.G, self.L)).movedim(3, 1)
+
+    def products(self, q, k, v):
+        """q, k, and v with a column of ones: copies in float32, packed for matrix products."""
+
+        def pack(x, more=0):
+            x = self.of(x)
+            packed = x.new_ones((*x.shape[:-1], x.shape[-1] + more), dtype=torch.float32)
+            packed[..., : x.shape[-1]] = x
+            return packed
+
+        return pack(q), pack(k), pack(v, 1)
+
+
+def groups(q, v, L):
+    (B, S, NH, DHQK), DHHV = q.shape, v.shape[-1]
+    chunks, rest = divmod(S, L)
+    temporary = B * NH * max(L * L, L * DHHV, DHQK * DHHV)
+    G = max(GROUP_SIZE // temporary, 1)
+    spans = [Group(c * L, min(G, chunks - c), L) for c in range(0, chunks, G)]
+    return spans + ([Group(chunks * L, 1, rest)] if rest else [])
+
+
+class Gates:
+    """What a group's gates weigh. Logarithms in float64, (B, NH, G, L); weights in float32."""
+
+    def __init__(self, group, q, i, log_f, s, start_m):
+        i, log_f, s = (group.of(x).double() for x in (i, log_f, s))
+        b = log_f.clamp(min=RESET).cumsum(-1)
+        offered = (s - b).cummax(-1).values
+        # The stabilizers at the ends of chunks, and before the first: (B, NH, G + 1).
+        g = torch.nn.functional.pad(b[..., -1].cumsum(-1), (1, 0))
+        offers = torch.cat([start_m[..., None], offered[..., -1] - g[..., :-1]], -1)
+        m = (g + offers.cummax(-1).values).float()
+        m[..., 0] = start_m
+        self.m, self.m_t = m, (b + torch.maximum(offered, m[..., :-1, None])).float()
+
+        # At step t: of step j of the chunk, exp(row_t + column_j), and of the chunk's start.
+        log_scale = -0.5 * math.log(q.shape[-1])
+        self.row, self.column = b - self.m_t + log_scale, i - b
+        self.from_start = (self.row + m[..., :-1, None]).float().exp_()[..., None]
+        # At the chunk's end, of step j; and between the ends of chunks, (B, NH, G + 1, G + 1).
+        ends = b[..., -1:] - m[..., 1:, None]
+        self.to_end = (self.column + ends).float().exp_()[..., None]
+        g = g - m
+        self.between = (g[..., :, None] - g[..., None, :]).float().exp_().tril_()
+
+    def inside(self):
+        return (self.row[..., :, None] + self.column[..., None, :]).float().exp_().tril_()
+
+    def floor(self):
+        return torch.exp((-self.m_t).clamp(max=MAX_EXPONENT))[..., None]
+
+    def denominator(self, nq, eps):
+        return torch.maximum(nq.abs(), self.floor()).add_(eps)
+
+    def through_decays(self, d_inside, d_from_start, d_to_end, d_between):
+        """The gradient of log_f, from those of the logarithms of all weights.
+
+        A gate at l is part of what lies between j < l and t >= l. The sums hold no other terms:
+        those would cancel, but leave their rounding errors.
+        """
+        L = d_inside.shape[-1]
+        before = torch.ones(L, L, device=d_inside.device).triu_(1)  # [j, l]: j < l
+        passing = d_from_start[..., None] + d_inside @ before
+        passing = passing.tril_().sum(-2)
+        return passing + (d_to_end.cumsum(-1) - d_to_end) + d_between[..., None]
+
+
+def next_states(added, memory, gates):
+    """The states at the starts of the chunks, (B, NH, G, DHQK, DHHV + 1), and after the last."""
+    if added.shape[2] == 1:
+        old = gates.between[..., 1, 0, None, None]
+        return memory[:, :, None], torch.addcmul(added[:, :, 0], old, memory)
+    states = torch.cat([memory[:, :, None], added], dim=2)
+    states = (gates.between @ states.flatten(3)).view(states.shape)
+    return states[:, :, :-1], states[:, :, -1]
+
+
+def earlier_states(d_starts, later, starts, gates):
+    """The gradients of the states at the chunks' ends, at the group's start, and of `g`."""
+    if starts.shape[2] == 1:
+        old = gates.between[..., 1, 0, None, None]
+        ends, earlier = later[:, :, None], torch.addcmul(d_starts[:, :, 0], old, later)
+    else:
+        states = torch.cat([d_starts, later[:, :, None]], dim=2)
+        states = (gates.between.mT @ states.flatten(3)).view(states.shape)
+        ends, earlier = states[:, :, 1:], states[:, :, 0]
+    old = gates.between.diagonal(-1, -2, -1)
+    return ends, earlier, old * (ends * starts).sum((-1, -2))
+
+
+def to_the_maximum(dm_t, dm_end, m_t, log_f, s, m):
+    """Hands gradients of the stabilizers, (B, S, NH), to the step that set each maximum.
+
+    m_t is s_t, or else log_f_t + m_(t-1), and so on back.
+    """
+    dm_t[:, -1] += dm_end
+    before = torch.cat([m[:, None].double(), m_t[:, :-1]], dim=1)
+    offered = s >= log_f + before
+    steps = torch.arange(s.shape[1], device=s.device)[:, None]
+    next_offer = torch.where(offered, steps, s.shape[1]).flip(1).cummin(1).values.flip(1)
+    next_offer = torch.nn.functional.pad(next_offer[:, 1:], (0, 0, 0, 1), value=s.shape[1])
+    sums = dm_t.flip(1).cumsum(1).flip(1)
+    beyond = torch.nn.functional.pad(sums, (0, 0, 0, 1)).gather(1, next_offer)
+    total = sums - beyond
+    zero = total.new_zeros(())
+    ds, back = torch.where(offered, total, zero), torch.where(offered, zero, total)
+    return ds, back, back[:, 0]
+
+
+def with_normalizer(C, n):
+    return torch.cat([C, n[..., None]], dim=-1).float()
+
+
+def add_product(out, a, b):
+    out.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+
+
+def fold_into_batch(function, size, in_dims, args):
+    """`torch.vmap` of a function whose tensors begin with the batch axis: a longer batch."""
+
+    def fold(x, dim):
+        if not isinstance(x, torch.Tensor):
+            return x
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    outputs = function.apply(*map(fold, args, in_dims))
+    return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0,) * len(outputs)
