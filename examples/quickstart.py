@@ -3,7 +3,7 @@
     python examples/quickstart.py                        on JAX
     KERAS_BACKEND=torch python examples/quickstart.py    on PyTorch, likewise tensorflow
 
-Takes two to four minutes on two CPU cores. Leaves the learning curve in `quickstart.png` and the
+Takes one to four minutes on two CPU cores. Leaves the learning curve in `quickstart.png` and the
 model in `quickstart_preset/`.
 """
 
