@@ -4,6 +4,7 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_pallas.xla import mlstm_chunkwise
+    from keras_xlstm_pallas import xla
 
-    kernels.register("xla", mlstm_chunkwise, priority=10)
+    kernels.register("xla", xla.mlstm, priority=10)
+    kernels.register("xla", xla.slstm, op="slstm", priority=10)
