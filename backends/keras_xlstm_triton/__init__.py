@@ -4,6 +4,6 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_triton.eager import mlstm_chunkwise
+    from keras_xlstm_triton.eager_mlstm import mlstm_chunkwise
 
     kernels.register("torch", mlstm_chunkwise, priority=10)

@@ -40,25 +40,27 @@ def chunk_size_for(DHQK, DHHV):
 
 
 class Chunkwise(torch.autograd.Function):
-    """h, C, n and m; with `keep` also, group by group, what the gradient needs."""
+    """h, C, n and m; with `keep` also what the gradient needs: n q, and C at starts of chunks."""
 
     @staticmethod
     def forward(L, eps, keep, q, k, v, i, log_f, s, C, n, m):
         h = torch.empty((*q.shape[:3], v.shape[-1]), dtype=torch.float32, device=q.device)
-        memory, m, kept = with_normalizer(C, n), m.clone(), []
-        for group in groups(q, v, L):
-            gates = Gates(group, q, i, log_f, s, m)
-            x, y, z = group.products(q, k, v)
-            starts, memory = next_states((y * gates.to_end).mT @ z, memory, gates)
-            num = (x @ starts).mul_(gates.from_start)
-            add_product(num, (x @ y.mT).mul_(gates.inside()), z)
-            nq = num[..., -1:].clone()
-            group.of(h)[:] = num[..., :-1].div_(gates.denominator(nq, eps))
-            if keep:
-                kept += nq, m, gates.m_t, starts
-            m = gates.m[..., -1]
+        normalizers = torch.empty_like(i)
+        memory, kept = with_normalizer(C, n), []
+        for span, gates in spans(L, q, i, log_f, s, m):
+            for group in span.groups(q, v):
+                x, y, z = group.pack(q), group.pack(k), group.pack(v, ones=1)
+                added = (y * gates.to_end[group.chunks]).mT @ z
+                starts, memory = next_states(added, memory, gates, group)
+                num = (x @ starts).mul_(gates.from_start[group.chunks])
+                add_product(num, (x @ y.mT).mul_(gates.inside(group)), z)
+                nq = num[..., -1:]
+                group.of(normalizers)[:] = nq[..., 0]
+                group.of(h)[:] = num[..., :-1].div_(gates.denominator(group, nq, eps))
+                if keep:
+                    kept.append(starts)
         C, n = memory[..., :-1].contiguous(), memory[..., -1].contiguous()
-        return h, C, n, m.clone(), *kept
+        return h, C, n, gates.m[..., -1].clone(), normalizers, *kept
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -84,46 +86,51 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(L, eps, dh, dC, dn, dm, q, k, v, i, log_f, s, C, n, m, h, C_end, n_end, _, *kept):
+        normalizers, *kept = kept
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         di, dlog_f, dm_t, m_t = (torch.empty_like(i, dtype=torch.float64) for _ in range(4))
         later = with_normalizer(dC, dn)  # the gradient of the state at a group's end
-        for group in reversed(groups(q, v, L)):
-            *kept, nq, start_m, group.of(m_t)[:], starts = kept
-            gates = Gates(group, q, i, log_f, s, start_m)
-            x, y, z = group.products(q, k, v)
-            P = gates.inside()
+        for span, gates in reversed(spans(L, q, i, log_f, s, m)):
+            span.of(m_t)[:] = gates.m_t
+            for group in reversed(span.groups(q, v)):
+                *kept, starts = kept
+                x, y, z = group.pack(q), group.pack(k), group.pack(v, ones=1)
+                nq = group.of(normalizers)[..., None]
+                P, to_end = gates.inside(group), gates.to_end[group.chunks]
 
-            # h = num / (max(|nq|, exp(-m)) + eps)
-            d_num = torch.empty_like(z)
-            d_num[..., :-1] = group.of(dh)
-            d_num[..., :-1] /= gates.denominator(nq, eps)
-            along = (d_num[..., :-1] * group.of(h)).sum(-1, keepdim=True)
-            d_num[..., -1:] = -along * nq.sign() * (nq.abs() > gates.floor())
-            group.of(dm_t)[:] = -eps * along[..., 0]
+                # h = num / (max(|nq|, exp(-m)) + eps)
+                d_num = group.pack(dh, ones=1)
+                d_num[..., :-1] /= gates.denominator(group, nq, eps)
+                along = (d_num[..., :-1] * group.of(h)).sum(-1, keepdim=True)
+                rules = nq.abs() > gates.floor[group.chunks]
+                d_num[..., -1:] = -along * nq.sign() * rules
+                group.of(dm_t)[:] = -eps * along[..., 0]
 
-            # num = (P * q k^T) z + from_start * q C
-            S_tj = (x @ y.mT).mul_(P)
-            dS = d_num @ z.mT
-            dz = S_tj.mT @ d_num
-            d_inside = S_tj.mul_(dS)  # of logarithms, as all of these
-            dA = dS.mul_(P)
-            d_num *= gates.from_start
-            dx = d_num @ starts.mT
-            d_from_start = (dx * x).sum(-1)
-            add_product(dx, dA, y)
-            dy = dA.mT @ x
+                # num = (P * q k^T) z + from_start * q C
+                inner = (x @ y.mT).mul_(P)
+                d_inner = d_num @ z.mT
+                dz = inner.mT @ d_num
+                d_inside = inner.mul_(d_inner)  # of logarithms, as all of these
+                d_qk = d_inner.mul_(P)
+                d_num *= gates.from_start[group.chunks]
+                dx = d_num @ starts.mT
+                d_from_start = (dx * x).sum(-1)
+                add_product(dx, d_qk, y)
+                dy = d_qk.mT @ x
 
-            # C' = between * C + (to_end * k) z^T
-            d_ends, later, d_between = earlier_states(x.mT @ d_num, later, starts, gates)
-            dy_end = (z @ d_ends.mT).mul_(gates.to_end)
-            d_to_end = (dy_end * y).sum(-1)
-            add_product(dz, y.mul_(gates.to_end), d_ends)
+                # C' = between * C + (to_end * k) z^T
+                d_ends, later, d_between = earlier_states(
+                    x.mT @ d_num, later, starts, gates, group
+                )
+                dy_end = (z @ d_ends.mT).mul_(to_end)
+                d_to_end = (dy_end * y).sum(-1)
+                add_product(dz, y.mul_(to_end), d_ends)
 
-            group.of(dq)[:] = dx
-            group.of(dk)[:] = dy.add_(dy_end)
-            group.of(dv)[:] = dz[..., :-1]
-            group.of(di)[:] = d_inside.sum(-2) + d_to_end
-            group.of(dlog_f)[:] = gates.through_decays(d_inside, d_from_start, d_to_end, d_between)
+                group.of(dq)[:] = dx
+                group.of(dk)[:] = dy.add_(dy_end)
+                group.of(dv)[:] = dz[..., :-1]
+                group.of(di)[:] = d_inside.sum(-2) + d_to_end
+                group.of(dlog_f)[:] = through_decays(d_inside, d_from_start, d_to_end, d_between)
 
         dm = dm - (dC * C_end).sum((-1, -2)) - (dn * n_end).sum(-1)
         ds, more_log_f, dm = to_the_maximum(dm_t, dm, m_t, log_f, s, m)
@@ -158,105 +165,114 @@ class Gradient(torch.autograd.Function):
         return fold_into_batch(Gradient, info.batch_size, in_dims, args)
 
 
-class Group:
-    """G chunks of L steps from `start` on."""
+class Span:
+    """Chunks of L steps each, from step `start` on; a group of them, from chunk `first` on."""
 
-    def __init__(self, start, G, L):
-        self.start, self.G, self.L = start, G, L
+    def __init__(self, start, count, L, first=0):
+        self.start, self.count, self.L = start, count, L
+        self.first, self.chunks = first, (slice(None), slice(None), slice(first, first + count))
 
     def of(self, x):
-        """A view of these steps: (B, S, NH, ...) -> (B, NH, G, L, ...)."""
-        x = x[:, self.start : self.start + self.G * self.L]
-        return x.unflatten(1, (self.G, self.L)).movedim(3, 1)
+        """A view of these steps: (B, S, NH, ...) -> (B, NH, chunks, L, ...)."""
+        x = x[:, self.start : self.start + self.count * self.L]
+        return x.unflatten(1, (self.count, self.L)).movedim(3, 1)
 
-    def products(self, q, k, v):
-        """q, k, and v with a column of ones: copies in float32, packed for matrix products."""
+    def pack(self, x, ones=0):
+        """A copy in float32 for matrix products, with columns of ones."""
+        x = self.of(x)
+        width = x.shape[-1]
+        packed = x.new_empty((*x.shape[:-1], width + ones), dtype=torch.float32)
+        packed[..., :width] = x
+        packed[..., width:] = 1
+        return packed
 
-        def pack(x, more=0):
-            x = self.of(x)
-            packed = x.new_ones((*x.shape[:-1], x.shape[-1] + more), dtype=torch.float32)
-            packed[..., : x.shape[-1]] = x
-            return packed
-
-        return pack(q), pack(k), pack(v, 1)
+    def groups(self, q, v):
+        L, (B, _, NH, DHQK), DHHV = self.L, q.shape, v.shape[-1]
+        G = max(GROUP_SIZE // (B * NH * max(L * L, L * DHHV, DHQK * DHHV)), 1)
+        starts = range(0, self.count, G)
+        return [Span(self.start + c * L, min(G, self.count - c), L, c) for c in starts]
 
 
-def groups(q, v, L):
-    (B, S, NH, DHQK), DHHV = q.shape, v.shape[-1]
-    chunks, rest = divmod(S, L)
-    temporary = B * NH * max(L * L, L * DHHV, DHQK * DHHV)
-    G = max(GROUP_SIZE // temporary, 1)
-    spans = [Group(c * L, min(G, chunks - c), L) for c in range(0, chunks, G)]
-    return spans + ([Group(chunks * L, 1, rest)] if rest else [])
+def spans(L, q, i, log_f, s, m):
+    """All whole chunks, and the rest as a chunk of its own, with their gates."""
+    count, rest = divmod(q.shape[1], L)
+    found = []
+    for span in (Span(0, count, L), Span(count * L, 1, rest)):
+        if span.count * span.L:
+            gates = Gates(q.shape[-1], *(span.of(x).double() for x in (i, log_f, s)), m)
+            found.append((span, gates))
+            m = gates.m[..., -1]
+    return found
 
 
 class Gates:
-    """What a group's gates weigh. Logarithms in float64, (B, NH, G, L); weights in float32."""
+    """What the gates of a span weigh. Logarithms in float64, (B, NH, chunks, L); weights, with an
+    axis more, in float32."""
 
-    def __init__(self, group, q, i, log_f, s, start_m):
-        i, log_f, s = (group.of(x).double() for x in (i, log_f, s))
+    def __init__(self, DHQK, i, log_f, s, start_m):
         b = log_f.clamp(min=RESET).cumsum(-1)
         offered = (s - b).cummax(-1).values
-        # The stabilizers at the ends of chunks, and before the first: (B, NH, G + 1).
+        # At the ends of chunks, and before the first: the stabilizer, and the sum of log_f.
         g = torch.nn.functional.pad(b[..., -1].cumsum(-1), (1, 0))
         offers = torch.cat([start_m[..., None], offered[..., -1] - g[..., :-1]], -1)
         m = (g + offers.cummax(-1).values).float()
         m[..., 0] = start_m
         self.m, self.m_t = m, (b + torch.maximum(offered, m[..., :-1, None])).float()
+        self.floor = torch.exp((-self.m_t).clamp(max=MAX_EXPONENT))[..., None]
 
         # At step t: of step j of the chunk, exp(row_t + column_j), and of the chunk's start.
-        log_scale = -0.5 * math.log(q.shape[-1])
-        self.row, self.column = b - self.m_t + log_scale, i - b
+        self.row, self.column = b - self.m_t - 0.5 * math.log(DHQK), i - b
         self.from_start = (self.row + m[..., :-1, None]).float().exp_()[..., None]
-        # At the chunk's end, of step j; and between the ends of chunks, (B, NH, G + 1, G + 1).
-        ends = b[..., -1:] - m[..., 1:, None]
-        self.to_end = (self.column + ends).float().exp_()[..., None]
-        g = g - m
-        self.between = (g[..., :, None] - g[..., None, :]).float().exp_().tril_()
+        # At the chunk's end: of step j, and of its start.
+        self.to_end = (self.column + (b[..., -1:] - m[..., 1:, None])).float().exp_()[..., None]
+        self.ends = g - m
+        self.over_chunk = self.ends.diff(dim=-1).float().exp_()
 
-    def inside(self):
-        return (self.row[..., :, None] + self.column[..., None, :]).float().exp_().tril_()
+    def inside(self, group):
+        row, column = self.row[group.chunks], self.column[group.chunks]
+        return (row[..., :, None] + column[..., None, :]).float().exp_().tril_()
 
-    def floor(self):
-        return torch.exp((-self.m_t).clamp(max=MAX_EXPONENT))[..., None]
+    def denominator(self, group, nq, eps):
+        return torch.maximum(nq.abs(), self.floor[group.chunks]).add_(eps)
 
-    def denominator(self, nq, eps):
-        return torch.maximum(nq.abs(), self.floor()).add_(eps)
-
-    def through_decays(self, d_inside, d_from_start, d_to_end, d_between):
-        """The gradient of log_f, from those of the logarithms of all weights.
-
-        A gate at l is part of what lies between j < l and t >= l. The sums hold no other terms:
-        those would cancel, but leave their rounding errors.
-        """
-        L = d_inside.shape[-1]
-        before = torch.ones(L, L, device=d_inside.device).triu_(1)  # [j, l]: j < l
-        passing = d_from_start[..., None] + d_inside @ before
-        passing = passing.tril_().sum(-2)
-        return passing + (d_to_end.cumsum(-1) - d_to_end) + d_between[..., None]
+    def between(self, group):
+        """Of the state at each end of a chunk at the later ones, (B, NH, count + 1, count + 1)."""
+        ends = self.ends[..., group.first : group.first + group.count + 1]
+        return (ends[..., :, None] - ends[..., None, :]).float().exp_().tril_()
 
 
-def next_states(added, memory, gates):
+def through_decays(d_inside, d_from_start, d_to_end, d_between):
+    """The gradient of log_f, from those of the logarithms of all weights.
+
+    A gate at l is part of what lies between j < l and t >= l. The sums hold no other terms: those
+    would cancel, but leave their rounding errors.
+    """
+    L = d_inside.shape[-1]
+    before = torch.ones(L, L, device=d_inside.device).triu_(1)  # [j, l]: j < l
+    passing = (d_inside @ before).add_(d_from_start[..., None]).tril_().sum(-2)
+    return passing + (d_to_end.cumsum(-1) - d_to_end) + d_between[..., None]
+
+
+def next_states(added, memory, gates, group):
     """The states at the starts of the chunks, (B, NH, G, DHQK, DHHV + 1), and after the last."""
-    if added.shape[2] == 1:
-        old = gates.between[..., 1, 0, None, None]
-        return memory[:, :, None], torch.addcmul(added[:, :, 0], old, memory)
+    if group.count == 1:
+        old = gates.over_chunk[group.chunks][..., None]
+        return memory[:, :, None], added[:, :, 0].addcmul_(old, memory)
     states = torch.cat([memory[:, :, None], added], dim=2)
-    states = (gates.between @ states.flatten(3)).view(states.shape)
+    states = (gates.between(group) @ states.flatten(3)).view(states.shape)
     return states[:, :, :-1], states[:, :, -1]
 
 
-def earlier_states(d_starts, later, starts, gates):
-    """The gradients of the states at the chunks' ends, at the group's start, and of `g`."""
-    if starts.shape[2] == 1:
-        old = gates.between[..., 1, 0, None, None]
-        ends, earlier = later[:, :, None], torch.addcmul(d_starts[:, :, 0], old, later)
+def earlier_states(d_starts, later, starts, gates, group):
+    """The gradients of the states at the chunks' ends, at the group's start, and of `over_chunk`."""
+    over_chunk = gates.over_chunk[group.chunks]
+    if group.count == 1:
+        ends, earlier = later[:, :, None], d_starts[:, :, 0].addcmul_(over_chunk[..., None], later)
     else:
         states = torch.cat([d_starts, later[:, :, None]], dim=2)
-        states = (gates.between.mT @ states.flatten(3)).view(states.shape)
+        states = (gates.between(group).mT @ states.flatten(3)).view(states.shape)
         ends, earlier = states[:, :, 1:], states[:, :, 0]
-    old = gates.between.diagonal(-1, -2, -1)
-    return ends, earlier, old * (ends * starts).sum((-1, -2))
+    return ends, earlier, over_chunk * (ends * starts).sum((-1, -2))
 
 
 def to_the_maximum(dm_t, dm_end, m_t, log_f, s, m):
