@@ -26,7 +26,7 @@ RESET = -1e6  # for NEVER in sums: float64 still resolves what it is added to
 GROUP_SIZE = 2**19  # elements of the largest temporary of a group
 
 
-def mlstm_chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     L = chunk_size or chunk_size_for(q.shape[-1], v.shape[-1])
     keep = torch.is_grad_enabled()
     s = s.view_as(s)  # where it is i itself: Dynamo wants inputs apart
@@ -119,9 +119,7 @@ class Gradient(torch.autograd.Function):
                 dy = d_qk.mT @ x
 
                 # C' = between * C + (to_end * k) z^T
-                d_ends, later, d_between = earlier_states(
-                    x.mT @ d_num, later, starts, gates, group
-                )
+                d_ends, later, d_between = earlier_states(x.mT @ d_num, later, starts, gates, group)
                 dy_end = (z @ d_ends.mT).mul_(to_end)
                 d_to_end = (dy_end * y).sum(-1)
                 add_product(dz, y.mul_(to_end), d_ends)
@@ -264,7 +262,7 @@ def next_states(added, memory, gates, group):
 
 
 def earlier_states(d_starts, later, starts, gates, group):
-    """The gradients of the states at the chunks' ends, at the group's start, and of `over_chunk`."""
+    """The gradients of states at the ends of chunks, at the group's start, and of `over_chunk`."""
     over_chunk = gates.over_chunk[group.chunks]
     if group.count == 1:
         ends, earlier = later[:, :, None], d_starts[:, :, 0].addcmul_(over_chunk[..., None], later)

@@ -4,6 +4,7 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_xla.chunkwise import mlstm_chunkwise, why_not
+    from keras_xlstm_xla import xla
 
-    kernels.register("xla", mlstm_chunkwise, why_not, priority=10)
+    kernels.register("xla", xla.mlstm, xla.why_not, priority=10)
+    kernels.register("xla", xla.slstm, xla.why_not, op="slstm", priority=10)

@@ -1,87 +1,150 @@
-"""The chunkwise mLSTM for TensorFlow: `keras_xlstm/ops/mlstm_chunks.py`.
+"""Kernels for TensorFlow that XLA compiles, with gradients written out in `keras_xlstm/ops`.
 
-Compiled by XLA also where the caller is not, forward and backward each once for a new shape. A
-batch size that is unknown when the function is traced is known to XLA by the time it compiles.
+Compiled also where the caller is not, forward and backward each once for a new shape. A batch size
+that is unknown when the function is traced is known to XLA by the time it compiles. Second
+derivatives are TensorFlow's own, of the plain forms.
 """
 
 import functools
 
 import tensorflow as tf
 
-from keras_xlstm.ops.mlstm import chunkwise
-from keras_xlstm.ops.mlstm_chunks import Chunks, backward, forward
+from keras_xlstm.ops import mlstm_chunks, slstm_loop
+from keras_xlstm.ops.mlstm import chunkwise as plain_mlstm
+from keras_xlstm.ops.slstm import slstm_scan as plain_slstm
 
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 
-def why_not(q, *args, **kwargs):
+def why_not(sequence, *args, **kwargs):
     # XLA could not bound the loop of the backward pass.
-    return "needs a length that is known when it is traced" if q.shape[1] is None else None
+    if sequence.shape[1] is None:
+        return "needs a length that is known when it is traced"
 
 
-def mlstm_chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
-    chunks = Chunks.of(q, v, chunk_size, scan)
-
-    @tf.custom_gradient
-    def outputs(*inputs):
-        # Constants, else an eager tape would look into the compiled function too.
-        outputs, kept = _forward(chunks.L, chunks.G, eps, *map(tf.stop_gradient, inputs))
-        return outputs, lambda *d_outputs: gradient(inputs, d_outputs, kept)
-
-    def gradient(inputs, d_outputs, kept):
-        @tf.custom_gradient
-        def first_order(*tensors):
-            constants = map(tf.stop_gradient, tensors)
-            gradients = _backward(chunks.L, chunks.G, eps, kept, *constants)
-            return gradients, lambda *dd: _second_order(chunks.L, eps, tensors, dd)
-
-        return first_order(*inputs, *d_outputs)
-
-    h, *state = outputs(q, k, v, i, log_f, s, *state)
+def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
+    chunks = mlstm_chunks.Chunks.of(q, v, chunk_size, scan)
+    options = chunks.L, chunks.G, eps
+    h, *state = differentiable(
+        lambda tensors: _mlstm(*options, tensors),
+        lambda kept, tensors, d_outputs: _mlstm_gradient(*options, kept, tensors, d_outputs),
+        lambda *tensors: _plain_mlstm(chunks.L, eps, *tensors),
+    )(q, k, v, i, log_f, s, *state)
     return h, tuple(state)
 
 
-# Of numbers and tensors only: for another object of its own, TensorFlow would trace anew each time.
+# Of numbers and tensors only: for other objects, TensorFlow would trace anew at each call.
 
 
 @compiled
-def _forward(L, G, eps, *inputs):
-    return forward(Chunks(L, G, scan), eps, *inputs)
+def _mlstm(L, G, eps, tensors):
+    return mlstm_chunks.forward(mlstm_chunks.Chunks(L, G, scan), eps, *tensors)
 
 
 @compiled
-def _backward(L, G, eps, kept, *tensors):
-    return backward(Chunks(L, G, scan), eps, tensors[:9], kept, *tensors[9:])
+def _mlstm_gradient(L, G, eps, kept, tensors, d_outputs):
+    chunks = mlstm_chunks.Chunks(L, G, scan)
+    return mlstm_chunks.backward(chunks, eps, tensors, kept, *d_outputs)
+
+
+def _plain_mlstm(L, eps, q, k, v, i, log_f, s, *state):
+    h, state = plain_mlstm(q, k, v, i, log_f, s, state, chunk_size=L, eps=eps)
+    return h, *state
+
+
+def slstm(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
+    scale = [] if recurrent_scale is None else [recurrent_scale]
+    h, *state = differentiable(
+        lambda tensors: _slstm(mask, reset, tensors),
+        lambda kept, tensors, d_outputs: _slstm_gradient(mask, reset, kept, tensors, d_outputs),
+        lambda *tensors: _plain_slstm(mask, reset, *tensors),
+    )(gates, recurrent_kernel, bias, *state, *scale)
+    return h, tuple(state)
+
+
+def _slstm_inputs(mask, reset, tensors):
+    gates, recurrent_kernel, bias, *state = tensors
+    return gates, recurrent_kernel, bias, state[:4], mask, reset, *(state[4:] or [None])
 
 
 @compiled
-def _second_order(L, eps, tensors, dd):
-    """The gradient's own gradient, which TensorFlow derives from the plain chunkwise form."""
-    inputs, d_outputs = tensors[:9], tensors[9:]
-    with tf.GradientTape() as outer:
-        outer.watch(tensors)
-        with tf.GradientTape() as inner:
-            inner.watch(inputs)
-            h, state = chunkwise(*inputs[:6], inputs[6:], chunk_size=L, eps=eps)
-        gradients = inner.gradient((h, *state), inputs, d_outputs, unconnected_gradients="zero")
-    return outer.gradient(gradients, tensors, dd, unconnected_gradients="zero")
+def _slstm(mask, reset, tensors):
+    (h, state), kept = slstm_loop.forward(scan, *_slstm_inputs(mask, reset, tensors))
+    return (h, *state), kept
+
+
+@compiled
+def _slstm_gradient(mask, reset, kept, tensors, d_outputs):
+    inputs = _slstm_inputs(mask, reset, tensors)
+    *d_weights, d_state, d_scale = slstm_loop.backward(
+        scan, inputs, kept, d_outputs[0], d_outputs[1:]
+    )
+    return *d_weights, *d_state, *([] if d_scale is None else [d_scale])
+
+
+def _plain_slstm(mask, reset, *tensors):
+    h, state = plain_slstm(*_slstm_inputs(mask, reset, tensors))
+    return h, *state
+
+
+def differentiable(forward, backward, plain):
+    """A function of tensors, from compiled ones.
+
+    Args:
+        forward: callable, `tensors -> outputs, what backward keeps`.
+        backward: callable, `(kept, tensors, d_outputs) -> gradients`.
+        plain: callable, the same function for TensorFlow to differentiate twice.
+    """
+
+    @tf.custom_gradient
+    def function(*tensors):
+        # Constants, else an eager tape would look into the compiled function too.
+        outputs, kept = forward([tf.stop_gradient(x) for x in tensors])
+
+        @tf.custom_gradient
+        def gradient(*both):
+            constants = [tf.stop_gradient(x) for x in both]
+            gradients = backward(kept, constants[: len(tensors)], constants[len(tensors) :])
+            return gradients, lambda *dd: second_order(both, dd)
+
+        def second_order(both, dd):
+            both = [tf.identity(x) for x in both]  # a tensor that came twice is two variables
+            with tf.GradientTape() as outer:
+                outer.watch(both)
+                inputs, d_outputs = both[: len(tensors)], both[len(tensors) :]
+                with tf.GradientTape() as inner:
+                    inner.watch(inputs)
+                    outputs = plain(*inputs)
+                first = inner.gradient(outputs, inputs, d_outputs, unconnected_gradients="zero")
+            return outer.gradient(first, both, dd, unconnected_gradients="zero")
+
+        return outputs, lambda *d_outputs: gradient(*tensors, *d_outputs)
+
+    return function
 
 
 def scan(body, state, inputs, reverse=False):
     """`jax.lax.scan` as a loop that XLA runs in place."""
-    length = inputs[0].shape[0]
-    _, first = body(state, [x[0] for x in inputs])  # for its structure, and then pruned
-    outputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape) for x in first]
+    length = next(x for x in tf.nest.flatten(inputs) if x is not None).shape[0]
 
-    def step(number, state, outputs):
+    def at(t):
+        return tf.nest.map_structure(lambda x: None if x is None else x[t], inputs)
+
+    _, first = body(state, at(0))  # for its structure, and then pruned
+    arrays = [
+        tf.TensorArray(x.dtype, length, element_shape=x.shape) for x in tf.nest.flatten(first)
+    ]
+
+    def step(number, state, arrays):
         t = length - 1 - number if reverse else number
-        state, new = body(state, [x[t] for x in inputs])
-        return number + 1, state, [a.write(t, x) for a, x in zip(outputs, new, strict=True)]
+        state, outputs = body(state, at(t))
+        outputs = tf.nest.flatten(outputs)
+        return number + 1, state, [a.write(t, x) for a, x in zip(arrays, outputs, strict=True)]
 
-    _, state, outputs = tf.while_loop(
+    _, state, arrays = tf.while_loop(
         lambda number, *_: number < length,
         step,
-        (0, state, outputs),
+        (0, state, arrays),
         maximum_iterations=length,
     )
-    return state, [a.stack() for a in outputs]
+    return state, tf.nest.pack_sequence_as(first, [a.stack() for a in arrays])

@@ -184,7 +184,7 @@ def step(gates, recurrent_kernel, bias, state, recurrent_scale=None):
     return ops.sigmoid(o) * c / n, c, n, m_new
 
 
-def _scan(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
+def slstm_scan(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
     def body(state, inputs):
         gates, *flags = inputs
         before = state
@@ -207,4 +207,4 @@ def _scan(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
 
 
 kernels.define("slstm", prepare)
-kernels.register("scan", _scan, op="slstm")
+kernels.register("scan", slstm_scan, op="slstm")

@@ -52,7 +52,7 @@ def forward(scan, gates, recurrent_kernel, bias, state, mask, reset, recurrent_s
 
 def backward(scan, inputs, kept, dh_out, d_end):
     """The gradients of gates, recurrent_kernel, bias, the state, and recurrent_scale if given."""
-    gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale = inputs
+    gates, recurrent_kernel, _, state, mask, reset, recurrent_scale = inputs
     h, c, n, m, raw = kept  # (S, NH, B, DH); raw (S, NH, B, 4, DH)
     R, scale = flatten_gates(recurrent_kernel), heads_first(recurrent_scale, 1.0)
     start, happens, cleared = start_of_loop(state), each_step(mask), each_step(reset)
