@@ -49,7 +49,10 @@ class GatedFeedForward(keras.layers.Layer):
         self.down = dense(D, "down", wang_init(D, self.num_blocks), inner_shape)
 
     def call(self, x):
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        shape = keras.ops.shape(x)
+        x = keras.ops.reshape(x, (-1, x.shape[-1]))  # XLA would transpose axes that stay apart
+        y = self.down(self.activation(self.gate(x)) * self.up(x))
+        return keras.ops.reshape(y, shape)
 
     def compute_output_shape(self, input_shape):
         return input_shape

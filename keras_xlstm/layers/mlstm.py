@@ -166,17 +166,21 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     def _project(self, x):
         """(..., D) -> q, k, v (..., NH, DH) and the gates i, f (..., NH), capped, float32."""
-        lead, NH = kops.shape(x)[:-1], self.num_heads
+        lead, NH, x = kops.shape(x)[:-1], self.num_heads, _flat(x)
         q = kops.reshape(self.query(x), (*lead, NH, self.key_dim))
         k = kops.reshape(self.key(x), (*lead, NH, self.key_dim))
         v = kops.reshape(self.value(x), (*lead, NH, self.value_dim))
-        i, f = (ops.soft_cap(g(x), self.gate_soft_cap) for g in (self.input_gate, self.forget_gate))
+        i, f = (
+            ops.soft_cap(kops.reshape(gate(x), (*lead, NH)), self.gate_soft_cap)
+            for gate in (self.input_gate, self.forget_gate)
+        )
         return q, k, v, i, f
 
     def _read_out(self, h, x):
-        h = self.norm(h)
-        h = kops.reshape(h, (*kops.shape(h)[:-2], self.num_heads * self.value_dim))
-        return self.output_projection(kops.sigmoid(self.output_gate(x)) * h)
+        lead, x = kops.shape(x)[:-1], _flat(x)
+        h = kops.reshape(self.norm(h), (-1, self.num_heads * self.value_dim))
+        y = self.output_projection(kops.sigmoid(self.output_gate(x)) * h)
+        return kops.reshape(y, (*lead, self.units))
 
     def get_config(self):
         return super().get_config() | {
@@ -199,6 +203,11 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
             "chunk_size": self.chunk_size,
             "kernel": self.kernel,
         }
+
+
+def _flat(x):
+    """(..., D) -> (rows, D): XLA would transpose axes that stay apart, in the backward pass."""
+    return kops.reshape(x, (-1, x.shape[-1]))
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
