@@ -325,7 +325,9 @@ def grown_memory(name):
 
 
 def memory_in_mb(field):
-    line = next(x for x in open("/proc/self/status") if x.startswith(field))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
+    )
     return int(line.split()[1]) / 1024
 
 
