@@ -4,6 +4,7 @@ import keras
 from keras import ops
 from keras.src import backend
 
+from keras_xlstm.layers.dense import Dense
 from keras_xlstm.ops.checks import check_positive_int
 
 
@@ -63,7 +64,7 @@ class Block(keras.layers.Layer):
         return previous_mask
 
     def _dense(self, width, name, initializer, input_width):
-        layer = keras.layers.Dense(
+        layer = Dense(
             width,
             use_bias=False,
             kernel_initializer=initializer,

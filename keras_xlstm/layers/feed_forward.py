@@ -1,5 +1,6 @@
 import keras
 
+from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import small_init, wang_init
 from keras_xlstm.ops.checks import check_positive_int
 
@@ -33,7 +34,7 @@ class GatedFeedForward(keras.layers.Layer):
         D = input_shape[-1]
 
         def dense(width, name, initializer, input_shape):
-            layer = keras.layers.Dense(
+            layer = Dense(
                 width,
                 use_bias=False,
                 kernel_initializer=initializer,

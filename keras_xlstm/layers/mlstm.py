@@ -3,6 +3,7 @@ from keras import ops as kops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_xlstm import ops
+from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import Linspace
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.recurrent import Recurrent, flat_state, like_state
@@ -87,7 +88,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
         NH = self.num_heads
 
         def project(width, name, kernel_initializer, **kwargs):
-            layer = keras.layers.Dense(
+            layer = Dense(
                 width,
                 name=name,
                 # Unseeded, one initializer would give every projection the same numbers.
@@ -120,7 +121,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
         self.forget_gate = project(NH, "forget_gate", bias_initializer=forget_bias, **gate)
         self.norm = MultiHeadNorm(self.norm_epsilon, dtype=self.dtype_policy, name="norm")
         self.norm.build((None, None, NH, self.value_dim))
-        self.output_projection = keras.layers.Dense(
+        self.output_projection = Dense(
             self.units,
             use_bias=False,
             kernel_initializer=self.output_initializer,

@@ -3,6 +3,7 @@ from keras import ops as kops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_xlstm import ops
+from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import PowerlawForgetBias
 from keras_xlstm.layers.recurrent import Recurrent, flat_state, like_state
 from keras_xlstm.ops.checks import check_divides, check_positive_int
@@ -143,7 +144,7 @@ class SLSTMCell(keras.layers.Layer, DropoutRNNCell):
             if not 0 <= rate < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1). Received: {name}={rate}.")
         self.units, self.num_heads, self.head_dim = units, num_heads, units // num_heads
-        self.projection = keras.layers.Dense(
+        self.projection = Dense(
             4 * units,
             use_bias=False,
             kernel_initializer=kernel_initializer,

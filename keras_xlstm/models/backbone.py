@@ -1,9 +1,9 @@
 import keras
 from keras import ops
-from keras.layers import ReversibleEmbedding
 from keras_hub.models import Backbone
 
 from keras_xlstm.layers import XLSTMBlockStack
+from keras_xlstm.layers.dense import TokenEmbedding
 from keras_xlstm.ops.checks import check_positive_int
 
 
@@ -80,7 +80,7 @@ class XLSTMBackbone(Backbone):
         slstm_at = list(slstm_at)
 
         # === Layers ===
-        self.token_embedding = ReversibleEmbedding(
+        self.token_embedding = TokenEmbedding(
             vocabulary_size,
             hidden_dim,
             tie_weights=tie_embeddings,

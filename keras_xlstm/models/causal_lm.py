@@ -3,10 +3,12 @@ from keras import ops
 from keras_hub.models import CausalLM
 from keras_hub.samplers import SpeculativeSampler
 
+from keras_xlstm.layers.soft_cap import SoftCap
 from keras_xlstm.models.backbone import XLSTMBackbone
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
 from keras_xlstm.models.generation import EMPTY, Alignment, add_prompt, is_any
-from keras_xlstm.ops import soft_cap
+from keras_xlstm.models.token_loss import TokenLoss
+from keras_xlstm.ops.linear import cross_entropy
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -43,8 +45,12 @@ class XLSTMCausalLM(CausalLM):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.logit_soft_cap = logit_soft_cap
+        self.soft_cap = SoftCap(logit_soft_cap, dtype="float32", name="soft_cap")
         inputs = backbone.input
         super().__init__(inputs=inputs, outputs=self._logits(backbone(inputs)), **kwargs)
+
+    def compile(self, optimizer="auto", loss="auto", **kwargs):
+        super().compile(optimizer, TokenLoss() if loss == "auto" else loss, **kwargs)
 
     def get_config(self):
         return super().get_config() | {"logit_soft_cap": self.logit_soft_cap}
@@ -99,7 +105,7 @@ class XLSTMCausalLM(CausalLM):
         logits = self._logits(self.backbone.stack.norm(x))
         if scoring_mode == "logits":
             return logits
-        return ops.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+        return cross_entropy(logits, target_ids)
 
     def make_generate_function(self):
         if self.generate_function is None:
@@ -192,8 +198,7 @@ class XLSTMCausalLM(CausalLM):
         return self.backbone.stack(x, initial_state=cache, mask=mask, return_state=True)
 
     def _logits(self, hidden_states):
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
-        return soft_cap(ops.cast(logits, "float32"), self.logit_soft_cap)
+        return self.soft_cap(self.backbone.token_embedding(hidden_states, reverse=True))
 
     def _check_generation(self, stop_token_ids):
         if isinstance(self.sampler, SpeculativeSampler):

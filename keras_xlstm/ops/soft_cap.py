@@ -1,5 +1,7 @@
 from keras import ops
 
+from keras_xlstm import kernels
+
 
 def soft_cap(x, cap):
     """Squashes `x` smoothly into (-cap, cap): `cap * tanh(x / cap)`.
@@ -23,4 +25,9 @@ def soft_cap(x, cap):
         return x
     if cap <= 0:
         raise ValueError(f"`cap` must be positive, or None for no cap. Received: cap={cap}.")
-    return cap * ops.tanh(x / cap)
+    args = ops.convert_to_tensor(x), cap
+    return kernels.choose("soft_cap", "auto", args, {}).run(*args)
+
+
+kernels.define("soft_cap", lambda x, cap: ((x, cap), {}))
+kernels.register("keras", lambda x, cap: cap * ops.tanh(x / cap), op="soft_cap")

@@ -1,0 +1,104 @@
+"""Products and losses for torch on the CPU.
+
+`torch.matmul` in float32 is MKL's, which does not use the wider registers of processors that
+Intel did not build; torch carries oneDNN too, which does: twice as fast there, and no slower
+elsewhere. The soft cap and the loss write their gradients out, since each pass over the logits of
+a large vocabulary costs as much as the product that gave them.
+"""
+
+import torch
+
+FEWEST_PRODUCTS = 2**20  # below, the call costs more than it saves
+
+
+def why_not_linear(x, weights):
+    if torch.compiler.is_compiling():
+        return "leaves the choice to torch.compile"
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return f"needs a CPU and torch built with oneDNN, received {x.device.type}"
+    if x.dtype != torch.float32 or weights.dtype != torch.float32:
+        return f"needs float32, received {x.dtype} and {weights.dtype}"
+    if torch.is_autocast_enabled("cpu"):
+        return "leaves torch.autocast to torch.matmul"
+    if x[..., 0].numel() * weights.numel() < FEWEST_PRODUCTS or x[..., 0].numel() == 1:
+        return "needs a larger product"
+
+
+def linear(x, weights):
+    return Product.apply(x.reshape(-1, x.shape[-1]), weights).view(*x.shape[:-1], -1)
+
+
+class Product(torch.autograd.Function):
+    """(R, D) times (D, N)."""
+
+    @staticmethod
+    def forward(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d):
+        a, b = ctx.saved_tensors
+        da = Product.apply(d, b.mT) if ctx.needs_input_grad[0] else None
+        return da, Product.apply(a.mT, d) if ctx.needs_input_grad[1] else None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        batched = (
+            x if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)
+        )
+        return torch.matmul(*batched), 0
+
+
+def soft_cap(x, cap):
+    return SoftCap.apply(x, cap)
+
+
+class SoftCap(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, cap):
+        return (x / cap).tanh_().mul_(cap)
+
+    @staticmethod
+    def setup_context(ctx, inputs, y):
+        ctx.cap = inputs[1]
+        ctx.save_for_backward(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            return dy * (1 - (y / ctx.cap).square()), None
+        return y.square().mul_(-(ctx.cap**-2)).add_(1).mul_(dy), None
+
+
+def cross_entropy(logits, targets):
+    loss = CrossEntropy.apply(logits.flatten(0, -2), targets.flatten().long())
+    return loss.view(targets.shape)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Keeps the logits only: their softmax is computed again where the gradient wants it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, targets):
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        logits, targets = ctx.saved_tensors
+        d_loss, targets = d_loss[:, None], targets[:, None]
+        d_logits = torch.softmax(logits, -1)
+        d_logits = d_logits * d_loss if torch.is_grad_enabled() else d_logits.mul_(d_loss)
+        return d_logits.scatter_add_(1, targets, -d_loss), None

@@ -1,0 +1,32 @@
+"""Products with weights, and the loss at their end: where most of a language model's time goes.
+
+The plain kernels are Keras' own; a backend registers others where those are slow. A kernel of the
+operation "linear" is `kernel(x, weights)`: x (..., D), weights (D, N) -> (..., N). A kernel of
+"cross_entropy" is `kernel(logits, targets)`: logits (..., V), targets (...) int32 -> (...).
+"""
+
+from keras import ops
+
+from keras_xlstm import kernels
+
+
+def linear(x, weights, *, kernel="auto"):
+    """`x @ weights`: x (..., D), weights (D, N) -> (..., N)."""
+    args = ops.convert_to_tensor(x), ops.convert_to_tensor(weights)
+    return kernels.choose("linear", kernel, args, {}).run(*args)
+
+
+def cross_entropy(logits, targets, *, kernel="auto"):
+    """What each target (...) costs in nats: -log softmax(logits)[target], logits (..., V)."""
+    args = ops.convert_to_tensor(logits), ops.cast(targets, "int32")
+    return kernels.choose("cross_entropy", kernel, args, {}).run(*args)
+
+
+def _cross_entropy(logits, targets):
+    return ops.sparse_categorical_crossentropy(targets, logits, from_logits=True)
+
+
+kernels.define("linear", lambda x, weights: ((x, weights), {}))
+kernels.register("keras", ops.matmul, op="linear")
+kernels.define("cross_entropy", lambda logits, targets: ((logits, targets), {}))
+kernels.register("keras", _cross_entropy, op="cross_entropy")

@@ -1,0 +1,109 @@
+"""Products, soft cap and loss: every kernel beside NumPy float64, values and gradients."""
+
+import keras
+import numpy as np
+import pytest
+from conformance import Truth, outputs_and_gradients
+from keras import ops
+
+from keras_xlstm import kernels
+from keras_xlstm.layers.dense import Dense, TokenEmbedding
+from keras_xlstm.models.token_loss import TokenLoss
+from keras_xlstm.ops import soft_cap
+from keras_xlstm.ops.linear import cross_entropy, linear
+
+TARGETS = np.random.default_rng(4).integers(0, 300, (3, 50))
+
+
+def exact_cross_entropy(logits):
+    picked = np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+    return np.log(np.sum(np.exp(logits), -1)) - picked
+
+
+OPS = {  # ours, the reference, shapes of inputs
+    "linear": (linear, np.matmul, [(3, 50, 128), (128, 100)]),  # as large as a kernel may want it
+    "soft_cap": (lambda x: soft_cap(x, 1.5), lambda x: 1.5 * np.tanh(x / 1.5), [(3, 5, 7)]),
+    "cross_entropy": (
+        lambda logits: cross_entropy(logits, ops.convert_to_tensor(TARGETS)),
+        exact_cross_entropy,
+        [(3, 50, 300)],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "op, kernel", [(op, kernel) for op in OPS for kernel in kernels.available(op)]
+)
+def test_values_and_gradients(op, kernel):
+    ours, reference, shapes = OPS[op]
+    rng = np.random.default_rng(3)
+    inputs = {f"input {j}": rng.normal(size=shape) for j, shape in enumerate(shapes)}
+    expected = Truth(lambda *x: [reference(*x)], inputs, {}, "float32")
+    run = outputs_and_gradients(lambda tensors, flags: [ours(*tensors)], jit=False)
+    with kernels.use(kernel, op=op):  # forced: it must serve the call
+        outputs, gradients = run(list(expected.tensors.values()), expected.weights, {})
+    expected.check_outputs(outputs)
+    expected.check_gradients(gradients)
+
+
+def test_dense_is_that_of_keras():
+    x = keras.random.normal((40, 3, 64))
+    ours, theirs = Dense(512, activation="relu"), keras.layers.Dense(512, activation="relu")
+    ours.build(x.shape)
+    theirs.build(x.shape)
+    ours.bias.assign(keras.random.normal((512,)))
+    theirs.set_weights(ours.get_weights())
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(ours(x)), ops.convert_to_numpy(theirs(x)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_token_embedding_is_that_of_keras(tied, soft_cap):
+    x = keras.random.normal((40, 3, 64))
+    options = dict(tie_weights=tied, logit_soft_cap=soft_cap)
+    ours, theirs = (
+        cls(512, 64, **options) for cls in (TokenEmbedding, keras.layers.ReversibleEmbedding)
+    )
+    ours.build(())
+    theirs.build(())
+    theirs.set_weights(ours.get_weights())
+    for y, args in ((x, dict(reverse=True)), (ops.arange(9), {})):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(ours(y, **args)),
+            ops.convert_to_numpy(theirs(y, **args)),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("cls", [Dense, TokenEmbedding])
+def test_subclasses_are_quantized_but_not_theirs(cls):
+    class Other(cls):
+        pass
+
+    sizes = (8,) if cls is Dense else (8, 16)
+    for kind in (cls, Other):
+        layer = kind(*sizes)
+        layer.build((None, 16))
+        if kind is cls:
+            layer.quantize("int8")
+            assert layer.quantization_mode == "int8"
+        else:
+            with pytest.raises(NotImplementedError):
+                layer.quantize("int8")
+
+
+def test_token_loss_is_that_of_keras():
+    logits = keras.random.normal((3, 50, 300))
+    weights = np.random.default_rng(0).uniform(size=TARGETS.shape).astype("float32")
+    ours, theirs = TokenLoss(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for sample_weight in (None, weights):
+        np.testing.assert_allclose(
+            float(ours(TARGETS, logits, sample_weight)),
+            float(theirs(TARGETS, logits, sample_weight)),
+            rtol=1e-6,
+        )
+    again = keras.losses.deserialize(keras.losses.serialize(ours))
+    assert isinstance(again, TokenLoss)
