@@ -39,6 +39,7 @@ class Kernel:
     name: str
     run: Callable
     why_not: Callable
+    how: Callable
     priority: int
 
 
@@ -53,7 +54,7 @@ def define(op, prepare):
     _kernels[op], _prepare[op] = {}, prepare
 
 
-def register(name, kernel, why_not=None, *, op="mlstm", priority=0):
+def register(name, kernel, why_not=None, *, op="mlstm", priority=0, how=None):
     """Adds a kernel, or replaces the one of that name.
 
     Args:
@@ -65,8 +66,12 @@ def register(name, kernel, why_not=None, *, op="mlstm", priority=0):
         op: string, the operation that it computes: `"mlstm"` or `"slstm"`.
         priority: int, the highest is asked first. The forms in plain `keras.ops` stand at 0 and
             below, the single step at 100.
+        how: callable with the arguments of `why_not`. Returns what the kernel chooses for the
+            call, such as "in chunks of 64 steps", for `explain`.
     """
-    _kernels_of(op, load=False)[name] = Kernel(name, kernel, why_not or _serves_all, priority)
+    _kernels_of(op, load=False)[name] = Kernel(
+        name, kernel, why_not or _nothing, how or _nothing, priority
+    )
 
 
 def available(op="mlstm"):
@@ -105,6 +110,8 @@ def explain(*args, op="mlstm", kernel="auto", **kwargs):
             verdict = f"could serve it, after `{chosen}`"
         else:
             chosen, verdict = candidate.name, "serves this call"
+            if how := candidate.how(*call_args, **call_kwargs):
+                verdict += f", {how}"
         mark = "*" if candidate.name == chosen else "-"
         lines.append(f"{mark} {candidate.name}: {verdict}")
     shapes = ", ".join(str(tuple(x.shape)) for x in call_args if hasattr(x, "shape"))
@@ -199,5 +206,5 @@ def _load_entry_points():
         _loaded = True
 
 
-def _serves_all(*args, **kwargs):
+def _nothing(*args, **kwargs):
     return None

@@ -185,6 +185,8 @@ def test_explain_says_who_serves_and_why_the_others_do_not():
     assert len(lines) == 1 + len(kernels.available())
     assert [line for line in lines if line.startswith("*")] == [lines[2]]
 
+    chunkwise = kernels.explain(*qkvif(), chunk_size=4, kernel="chunkwise")
+    assert "* chunkwise: serves this call, in chunks of 4 steps" in chunkwise
     forced = kernels.explain(*qkvif(), kernel="recurrent").splitlines()
     assert forced[-1] == "* recurrent: serves this call"
     assert "`recurrent` is forced" in forced[2]

@@ -326,6 +326,10 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     return h[:, :S], state
 
 
+def _in_chunks(*args, chunk_size, **kwargs):
+    return f"in chunks of {chunk_size or CHUNK_SIZE} steps"
+
+
 def segment_sums(x):
     """(..., L) -> (..., L, L): [t, j] is the sum of x over j < l <= t; NEVER where j > t.
 
@@ -341,6 +345,6 @@ def segment_sums(x):
 
 kernels.define("mlstm", prepare)
 kernels.register("step", _single_step, _not_one_step, priority=100)
-kernels.register("chunkwise", chunkwise, priority=0)
+kernels.register("chunkwise", chunkwise, priority=0, how=_in_chunks)
 kernels.register("parallel", _parallel, _length_unknown, priority=-10)
 kernels.register("recurrent", _recurrent, priority=-20)
