@@ -41,9 +41,12 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):
-        a, b = ctx.saved_tensors
-        da = Product.apply(d, b.mT) if ctx.needs_input_grad[0] else None
-        return da, Product.apply(a.mT, d) if ctx.needs_input_grad[1] else None
+        (a, b), da, db = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            da = Product.apply(d, b.mT)
+        if ctx.needs_input_grad[1]:  # oneDNN copies what is transposed on the left
+            db = Product.apply(a.mT, d) if a.numel() < d.numel() else Product.apply(d.mT, a).mT
+        return da, db
 
     @staticmethod
     def vmap(info, in_dims, *args):
