@@ -21,16 +21,17 @@ import math
 import torch
 
 from keras_xlstm.ops.mlstm import MAX_EXPONENT, chunkwise
+from keras_xlstm_triton.products import by_onednn
 
-RESET = -1e6  # for NEVER in sums: float64 still resolves what it is added to
-GROUP_SIZE = 2**19  # elements of the largest temporary of a group
+SHUT = -1e5  # for NEVER in sums: what it is added to is still resolved
+GROUP_SIZE = 2**17  # elements of the largest temporary of a group
 
 
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     L = chunk_size or chunk_size_for(q.shape[-1], v.shape[-1])
     keep = torch.is_grad_enabled()
     s = s.view_as(s)  # where it is i itself: Dynamo wants inputs apart
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), by_onednn():
         h, C, n, m, *_ = Chunkwise.apply(L, eps, keep, q, k, v, i, log_f, s, *state)
     return h, (C, n, m)
 
@@ -40,27 +41,31 @@ def chunk_size_for(DHQK, DHHV):
 
 
 class Chunkwise(torch.autograd.Function):
-    """h, C, n and m; with `keep` also what the gradient needs: n q, and C at starts of chunks."""
+    """h, C, n and m; with `keep` also what the gradient needs: n q, and the states that groups of
+    chunks start from."""
 
     @staticmethod
     def forward(L, eps, keep, q, k, v, i, log_f, s, C, n, m):
         h = torch.empty((*q.shape[:3], v.shape[-1]), dtype=torch.float32, device=q.device)
         normalizers = torch.empty_like(i)
-        memory, kept = with_normalizer(C, n), []
-        for span, gates in spans(L, q, i, log_f, s, m):
-            for group in span.groups(q, v):
-                x, y, z = group.pack(q), group.pack(k), group.pack(v, ones=1)
-                added = (y * gates.to_end[group.chunks]).mT @ z
-                starts, memory = next_states(added, memory, gates, group)
-                num = (x @ starts).mul_(gates.from_start[group.chunks])
-                add_product(num, (x @ y.mT).mul_(gates.inside(group)), z)
-                nq = num[..., -1:]
-                group.of(normalizers)[:] = nq[..., 0]
-                group.of(h)[:] = num[..., :-1].div_(gates.denominator(group, nq, eps))
+        state, kept = with_normalizer(C, n), []
+        for span, gates in spans(L, eps, q, i, log_f, s, m):
+            m = gates.m[-1]
+            Q, K, V, H, NQ = map(span.of, (q, k, v, h, normalizers))
+            for chunks, rows in span.groups(q, v):
                 if keep:
-                    kept.append(starts)
-        C, n = memory[..., :-1].contiguous(), memory[..., -1].contiguous()
-        return h, C, n, gates.m[..., -1].clone(), normalizers, *kept
+                    kept.append(state)
+                x, y = pack(Q[chunks]), pack(K[chunks], gates.k_factor[rows])
+                z = pack(V[chunks], ones=1)
+                added = torch.bmm((y * gates.to_end[rows]).mT, z)
+                starts, state = chain(state, added, gates.over_chunk[chunks])
+                num = torch.bmm(x * gates.from_start[rows], starts)
+                num.baddbmm_(torch.bmm(x, y.mT).mul_(gates.inside(rows)), z)
+                nq = num[..., -1:]
+                unpack(nq[..., 0], NQ[chunks])
+                unpack(num[..., :-1], H[chunks], 1 / gates.denominator(nq, rows))
+        C, n = (x.unflatten(0, C.shape[:2]) for x in (state[..., :-1], state[..., -1]))
+        return h, C.contiguous(), n.contiguous(), m.clone(), normalizers, *kept
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -72,7 +77,7 @@ class Chunkwise(torch.autograd.Function):
     def backward(ctx, dh, dC, dn, dm, *_):
         # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
         gradient = Gradient.forward if torch.compiler.is_compiling() else Gradient.apply
-        with torch.autocast(dh.device.type, enabled=False):
+        with torch.autocast(dh.device.type, enabled=False), by_onednn():
             gradients = gradient(ctx.L, ctx.eps, dh, dC, dn, dm, *ctx.saved_tensors)
         return None, None, None, *gradients
 
@@ -90,50 +95,59 @@ class Gradient(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         di, dlog_f, dm_t, m_t = (torch.empty_like(i, dtype=torch.float64) for _ in range(4))
         later = with_normalizer(dC, dn)  # the gradient of the state at a group's end
-        for span, gates in reversed(spans(L, q, i, log_f, s, m)):
+        for span, gates in reversed(spans(L, eps, q, i, log_f, s, m)):
+            Q, K, V, H, NQ, dH = map(span.of, (q, k, v, h, normalizers, dh))
+            dQ, dK, dV, dI, dF, dM = map(span.of, (dq, dk, dv, di, dlog_f, dm_t))
             span.of(m_t)[:] = gates.m_t
-            for group in reversed(span.groups(q, v)):
-                *kept, starts = kept
-                x, y, z = group.pack(q), group.pack(k), group.pack(v, ones=1)
-                nq = group.of(normalizers)[..., None]
-                P, to_end = gates.inside(group), gates.to_end[group.chunks]
+            for chunks, rows in reversed(span.groups(q, v)):
+                *kept, state = kept
+                x, y = pack(Q[chunks]), pack(K[chunks], gates.k_factor[rows])
+                z, nq = pack(V[chunks], ones=1), pack(NQ[chunks])[..., None]
+                P, over_chunk = gates.inside(rows), gates.over_chunk[chunks]
+                from_start, to_end = gates.from_start[rows], gates.to_end[rows]
+                x_start, y_end = x * from_start, y * to_end
+                starts = state
+                if len(over_chunk) > 1:
+                    starts, _ = chain(state, torch.bmm(y_end.mT, z), over_chunk)
 
                 # h = num / (max(|nq|, exp(-m)) + eps)
-                d_num = group.pack(dh, ones=1)
-                d_num[..., :-1] /= gates.denominator(group, nq, eps)
-                along = (d_num[..., :-1] * group.of(h)).sum(-1, keepdim=True)
-                rules = nq.abs() > gates.floor[group.chunks]
-                d_num[..., -1:] = -along * nq.sign() * rules
-                group.of(dm_t)[:] = -eps * along[..., 0]
+                per_unit = 1 / gates.denominator(nq, rows)
+                along = per_unit * pack((dH[chunks] * H[chunks]).sum(-1, keepdim=True))
+                d_num = pack(dH[chunks], per_unit, ones=1)
+                d_num[..., -1:] = -along * nq.sign() * (nq.abs() > gates.floor[rows])
+                unpack((-gates.eps[rows] * along)[..., 0], dM[chunks])
 
                 # num = (P * q k^T) z + from_start * q C
-                inner = (x @ y.mT).mul_(P)
-                d_inner = d_num @ z.mT
-                dz = inner.mT @ d_num
-                d_inside = inner.mul_(d_inner)  # of logarithms, as all of these
+                inside = torch.bmm(x, y.mT).mul_(P)
+                d_inner = torch.bmm(d_num, z.mT)
+                dz = torch.bmm(inside.mT, d_num)
+                d_inside = inside.mul_(d_inner)  # of logarithms, as all of these
                 d_qk = d_inner.mul_(P)
-                d_num *= gates.from_start[group.chunks]
-                dx = d_num @ starts.mT
-                d_from_start = (dx * x).sum(-1)
-                add_product(dx, d_qk, y)
-                dy = d_qk.mT @ x
+                dx_start = torch.bmm(d_num, starts.mT)
+                d_from_start = (dx_start * x_start).sum(-1)
+                dx = dx_start.mul_(from_start).baddbmm_(d_qk, y)
+                dy = torch.bmm(d_qk.mT, x)
 
-                # C' = between * C + (to_end * k) z^T
-                d_ends, later, d_between = earlier_states(x.mT @ d_num, later, starts, gates, group)
-                dy_end = (z @ d_ends.mT).mul_(to_end)
-                d_to_end = (dy_end * y).sum(-1)
-                add_product(dz, y.mul_(to_end), d_ends)
+                # C' = over_chunk * C + (to_end * k) z^T
+                d_starts = torch.bmm(x_start.mT, d_num)
+                ends, later = chain(later, d_starts, over_chunk, reverse=True)
+                d_over_chunk = over_chunk.flatten() * (ends * starts).sum((-1, -2))
+                dy_end = torch.bmm(z, ends.mT)
+                d_to_end = (dy_end * y_end).sum(-1)
+                dy.addcmul_(dy_end, to_end)
+                dz.baddbmm_(y_end, ends)
 
-                group.of(dq)[:] = dx
-                group.of(dk)[:] = dy.add_(dy_end)
-                group.of(dv)[:] = dz[..., :-1]
-                group.of(di)[:] = d_inside.sum(-2) + d_to_end
-                group.of(dlog_f)[:] = through_decays(d_inside, d_from_start, d_to_end, d_between)
+                unpack(dx, dQ[chunks])
+                unpack(dy, dK[chunks], gates.k_factor[rows])
+                unpack(dz[..., :-1], dV[chunks])
+                unpack(d_inside.sum(-2) + d_to_end, dI[chunks])
+                unpack(through_decays(d_inside, d_from_start, d_to_end, d_over_chunk), dF[chunks])
 
-        dm = dm - (dC * C_end).sum((-1, -2)) - (dn * n_end).sum(-1)
+        later = later.unflatten(0, C.shape[:2])
+        dm = dm - inner(dC, C_end) - inner(dn, n_end)
         ds, more_log_f, dm = to_the_maximum(dm_t, dm, m_t, log_f, s, m)
         dC, dn = later[..., :-1], later[..., -1]
-        dm = dm + (dC * C).sum((-1, -2)) + (dn * n).sum(-1)
+        dm = dm + inner(dC, C) + inner(dn, n)
         dlog_f += more_log_f
         gates = (x.to(i.dtype) for x in (di, dlog_f, ds))
         return dq, dk, dv, *gates, dC.contiguous(), dn.contiguous(), dm.to(m.dtype)
@@ -164,82 +178,99 @@ class Gradient(torch.autograd.Function):
 
 
 class Span:
-    """Chunks of L steps each, from step `start` on; a group of them, from chunk `first` on."""
+    """Chunks of L steps each, from step `start` on."""
 
-    def __init__(self, start, count, L, first=0):
+    def __init__(self, start, count, L):
         self.start, self.count, self.L = start, count, L
-        self.first, self.chunks = first, (slice(None), slice(None), slice(first, first + count))
 
     def of(self, x):
-        """A view of these steps: (B, S, NH, ...) -> (B, NH, chunks, L, ...)."""
+        """A view of these steps: (B, S, NH, ...) -> (chunks, B, NH, L, ...)."""
         x = x[:, self.start : self.start + self.count * self.L]
-        return x.unflatten(1, (self.count, self.L)).movedim(3, 1)
-
-    def pack(self, x, ones=0):
-        """A copy in float32 for matrix products, with columns of ones."""
-        x = self.of(x)
-        width = x.shape[-1]
-        packed = x.new_empty((*x.shape[:-1], width + ones), dtype=torch.float32)
-        packed[..., :width] = x
-        packed[..., width:] = 1
-        return packed
+        return x.unflatten(1, (self.count, self.L)).movedim((1, 0, 3), (0, 1, 2))
 
     def groups(self, q, v):
+        """Pairs of slices: of chunks, and of the rows that they are where heads are unfolded."""
         L, (B, _, NH, DHQK), DHHV = self.L, q.shape, v.shape[-1]
         G = max(GROUP_SIZE // (B * NH * max(L * L, L * DHHV, DHQK * DHHV)), 1)
-        starts = range(0, self.count, G)
-        return [Span(self.start + c * L, min(G, self.count - c), L, c) for c in starts]
+        bounds = [(c, min(c + G, self.count)) for c in range(0, self.count, G)]
+        return [(slice(a, z), slice(a * B * NH, z * B * NH)) for a, z in bounds]
 
 
-def spans(L, q, i, log_f, s, m):
+def spans(L, eps, q, i, log_f, s, m):
     """All whole chunks, and the rest as a chunk of its own, with their gates."""
     count, rest = divmod(q.shape[1], L)
     found = []
     for span in (Span(0, count, L), Span(count * L, 1, rest)):
         if span.count * span.L:
-            gates = Gates(q.shape[-1], *(span.of(x).double() for x in (i, log_f, s)), m)
+            gates = Gates(q.shape[-1], eps, *(span.of(x) for x in (i, log_f, s)), m)
             found.append((span, gates))
-            m = gates.m[..., -1]
+            m = gates.m[-1]
     return found
 
 
-class Gates:
-    """What the gates of a span weigh. Logarithms in float64, (B, NH, chunks, L); weights, with an
-    axis more, in float32."""
+def pack(x, factor=None, ones=0):
+    """(chunks, B, NH, L, ...) -> (rows, L, ...) in float32, for products; with columns of ones."""
+    if factor is None and not ones:
+        return x.flatten(0, 2).float()
+    width = x.shape[-1]
+    packed = x.new_empty((*x.shape[:-1], width + ones), dtype=torch.float32)
+    packed[..., width:] = 1
+    weigh(x, factor, packed[..., :width])
+    return packed.flatten(0, 2)
 
-    def __init__(self, DHQK, i, log_f, s, start_m):
-        b = log_f.clamp(min=RESET).cumsum(-1)
+
+def unpack(x, into, factor=None):
+    """The way back of `pack`."""
+    weigh(x.unflatten(0, into.shape[:3]), factor, into)
+
+
+def weigh(x, factor, out):
+    if factor is None:
+        out.copy_(x)
+    else:
+        torch.mul(x, factor.unflatten(0, x.shape[:3]), out=out)
+
+
+class Gates:
+    """What the gates of a span weigh, of gates (chunks, B, NH, L): see `inside`."""
+
+    def __init__(self, DHQK, eps, i, log_f, s, start_m):
+        i, log_f, s = (x.contiguous().double() for x in (i, log_f, s))
+        b = log_f.clamp(min=SHUT).cumsum(-1)
         offered = (s - b).cummax(-1).values
         # At the ends of chunks, and before the first: the stabilizer, and the sum of log_f.
-        g = torch.nn.functional.pad(b[..., -1].cumsum(-1), (1, 0))
-        offers = torch.cat([start_m[..., None], offered[..., -1] - g[..., :-1]], -1)
-        m = (g + offers.cummax(-1).values).float()
-        m[..., 0] = start_m
-        self.m, self.m_t = m, (b + torch.maximum(offered, m[..., :-1, None])).float()
-        self.floor = torch.exp((-self.m_t).clamp(max=MAX_EXPONENT))[..., None]
+        g = torch.nn.functional.pad(b[..., -1].cumsum(0), (0, 0, 0, 0, 1, 0))
+        offers = torch.cat([start_m[None], offered[..., -1] - g[:-1]])
+        self.m = m = (g + offers.cummax(0).values).float()
+        m[0] = start_m
+        start, end = m[:-1, ..., None], m[1:, ..., None]
+        self.m_t = m_t = b + torch.maximum(offered, start)
 
-        # At step t: of step j of the chunk, exp(row_t + column_j), and of the chunk's start.
-        self.row, self.column = b - self.m_t - 0.5 * math.log(DHQK), i - b
-        self.from_start = (self.row + m[..., :-1, None]).float().exp_()[..., None]
+        # At step t: of step j of the chunk, exp(row_t + column_j), and of the chunk's start. Large
+        # terms of both cancel exactly. What they lose in float32 is a factor of k_j, and for t a
+        # change of the stabilizer, which scales all but what is added to it.
+        exact_row, exact_column = b - m_t - 0.5 * math.log(DHQK), i.clamp(min=SHUT) - b
+        row, column = exact_row.float(), exact_column.float()
+        lost = exact_row - row
+        floor = torch.exp((-m_t - lost).clamp(max=MAX_EXPONENT))
         # At the chunk's end: of step j, and of its start.
-        self.to_end = (self.column + (b[..., -1:] - m[..., 1:, None])).float().exp_()[..., None]
-        self.ends = g - m
-        self.over_chunk = self.ends.diff(dim=-1).float().exp_()
+        to_end = torch.exp(column + (b[..., -1:] - end))
+        self.over_chunk = (g - m).diff(dim=0).float().exp_().flatten(1)[..., None, None]
 
-    def inside(self, group):
-        row, column = self.row[group.chunks], self.column[group.chunks]
-        return (row[..., :, None] + column[..., None, :]).float().exp_().tril_()
+        weights = row, column, torch.exp(row + start.double()), to_end, floor
+        weights = *weights, eps * torch.exp(-lost), torch.exp(exact_column - column)
+        weights = (x.float().flatten(0, 2)[..., None] for x in weights)
+        self.row, self.column, self.from_start, self.to_end, self.floor, *weights = weights
+        self.eps, self.k_factor = weights
 
-    def denominator(self, group, nq, eps):
-        return torch.maximum(nq.abs(), self.floor[group.chunks]).add_(eps)
+    def inside(self, rows):
+        return (self.row[rows] + self.column[rows].mT).exp_().tril_()
 
-    def between(self, group):
-        """Of the state at each end of a chunk at the later ones, (B, NH, count + 1, count + 1)."""
-        ends = self.ends[..., group.first : group.first + group.count + 1]
-        return (ends[..., :, None] - ends[..., None, :]).float().exp_().tril_()
+    def denominator(self, nq, rows):
+        return torch.maximum(nq.abs(), self.floor[rows]).add_(self.eps[rows])
 
 
-def through_decays(d_inside, d_from_start, d_to_end, d_between):
+def through_decays(d_inside, d_from_start, d_to_end, d_over_chunk):
     """The gradient of log_f, from those of the logarithms of all weights.
 
     A gate at l is part of what lies between j < l and t >= l. The sums hold no other terms: those
@@ -247,30 +278,18 @@ def through_decays(d_inside, d_from_start, d_to_end, d_between):
     """
     L = d_inside.shape[-1]
     before = torch.ones(L, L, device=d_inside.device).triu_(1)  # [j, l]: j < l
-    passing = (d_inside @ before).add_(d_from_start[..., None]).tril_().sum(-2)
-    return passing + (d_to_end.cumsum(-1) - d_to_end) + d_between[..., None]
+    inside = (d_inside @ before).tril_().sum(-2)
+    from_start = d_from_start.flip(-1).cumsum(-1).flip(-1)
+    return inside + from_start + (d_to_end.cumsum(-1) - d_to_end) + d_over_chunk[..., None]
 
 
-def next_states(added, memory, gates, group):
-    """The states at the starts of the chunks, (B, NH, G, DHQK, DHHV + 1), and after the last."""
-    if group.count == 1:
-        old = gates.over_chunk[group.chunks][..., None]
-        return memory[:, :, None], added[:, :, 0].addcmul_(old, memory)
-    states = torch.cat([memory[:, :, None], added], dim=2)
-    states = (gates.between(group) @ states.flatten(3)).view(states.shape)
-    return states[:, :, :-1], states[:, :, -1]
-
-
-def earlier_states(d_starts, later, starts, gates, group):
-    """The gradients of states at the ends of chunks, at the group's start, and of `over_chunk`."""
-    over_chunk = gates.over_chunk[group.chunks]
-    if group.count == 1:
-        ends, earlier = later[:, :, None], d_starts[:, :, 0].addcmul_(over_chunk[..., None], later)
-    else:
-        states = torch.cat([d_starts, later[:, :, None]], dim=2)
-        states = (gates.between(group).mT @ states.flatten(3)).view(states.shape)
-        ends, earlier = states[:, :, 1:], states[:, :, 0]
-    return ends, earlier, over_chunk * (ends * starts).sum((-1, -2))
+def chain(state, added, weights, reverse=False):
+    """Of states that are `weight * state before + added`, those before each, and the last."""
+    before, added = [], added.unflatten(0, (len(weights), -1))
+    for c in reversed(range(len(weights))) if reverse else range(len(weights)):
+        before.append(state)
+        state = torch.addcmul(added[c], weights[c], state)
+    return torch.cat(before[::-1] if reverse else before) if len(before) > 1 else before[0], state
 
 
 def to_the_maximum(dm_t, dm_end, m_t, log_f, s, m):
@@ -292,12 +311,13 @@ def to_the_maximum(dm_t, dm_end, m_t, log_f, s, m):
     return ds, back, back[:, 0]
 
 
+def inner(x, y):
+    """Of each head: (B, NH, ...) -> (B, NH)."""
+    return (x.double() * y).flatten(2).sum(-1)
+
+
 def with_normalizer(C, n):
-    return torch.cat([C, n[..., None]], dim=-1).float()
-
-
-def add_product(out, a, b):
-    out.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return torch.cat([C, n[..., None]], dim=-1).flatten(0, 1).float()
 
 
 def fold_into_batch(function, size, in_dims, args):

@@ -1,0 +1,46 @@
+"""Float32 products on the CPU by oneDNN, where torch would take MKL.
+
+On processors that are not Intel's, MKL does without AVX-512, and oneDNN is about twice as fast.
+torch asks oneDNN only where it is also permitted to round operands to bfloat16. It makes no use
+of that without special hardware, which a product shows: there, MKL stays.
+"""
+
+import contextlib
+import functools
+import threading
+
+import torch
+
+setting = torch.backends.mkldnn.matmul
+lock, users, before = threading.Lock(), 0, None
+
+
+@contextlib.contextmanager
+def by_onednn():
+    """Within, and for products only; the setting is the process's, so that others share it."""
+    global users, before
+    if torch.compiler.is_compiling() or not is_exact():
+        yield
+        return
+    with lock:
+        if not users:
+            before = setting.fp32_precision
+            setting.fp32_precision = "bf16"
+        users += 1
+    try:
+        yield
+    finally:
+        with lock:
+            users -= 1
+            if not users:
+                setting.fp32_precision = before
+
+
+@functools.cache
+def is_exact():
+    """Whether the permission to round is left unused."""
+    x, before = torch.full((2, 128, 128), 1 + 2.0**-23), setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    product = x @ torch.eye(128).expand(2, 128, 128)
+    setting.fp32_precision = before
+    return torch.equal(product, x)
