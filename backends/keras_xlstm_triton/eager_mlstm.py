@@ -41,31 +41,32 @@ def chunk_size_for(DHQK, DHHV):
 
 
 class Chunkwise(torch.autograd.Function):
-    """h, C, n and m; with `keep` also what the gradient needs: n q, and the states that groups of
-    chunks start from."""
+    """h, C, n and m; with `keep` also what the gradient needs: of each span the states that groups
+    of chunks start from, n q, and what the gates weigh."""
 
     @staticmethod
     def forward(L, eps, keep, q, k, v, i, log_f, s, C, n, m):
         h = torch.empty((*q.shape[:3], v.shape[-1]), dtype=torch.float32, device=q.device)
-        normalizers = torch.empty_like(i)
         state, kept = with_normalizer(C, n), []
-        for span, gates in spans(L, eps, q, i, log_f, s, m):
-            m = gates.m[-1]
-            Q, K, V, H, NQ = map(span.of, (q, k, v, h, normalizers))
+        for span in spans(L, q):
+            Q, K, V, H = map(span.of, (q, k, v, h))
+            weights, m = weigh(q.shape[-1], eps, *map(span.of, (i, log_f, s)), m)
+            gates, normalizers = Gates(weights), torch.empty_like(weights[:, 0, :, None])
             for chunks, rows in span.groups(q, v):
                 if keep:
                     kept.append(state)
                 x, y = pack(Q[chunks]), pack(K[chunks], gates.k_factor[rows])
                 z = pack(V[chunks], ones=1)
                 added = torch.bmm((y * gates.to_end[rows]).mT, z)
-                starts, state = chain(state, added, gates.over_chunk[chunks])
+                starts, state = chain(state, added, gates.over_chunk[rows])
                 num = torch.bmm(x * gates.from_start[rows], starts)
                 num.baddbmm_(torch.bmm(x, y.mT).mul_(gates.inside(rows)), z)
-                nq = num[..., -1:]
-                unpack(nq[..., 0], NQ[chunks])
+                normalizers[rows] = nq = num[..., -1:]
                 unpack(num[..., :-1], H[chunks], 1 / gates.denominator(nq, rows))
+            if keep:
+                kept += normalizers, weights
         C, n = (x.unflatten(0, C.shape[:2]) for x in (state[..., :-1], state[..., -1]))
-        return h, C.contiguous(), n.contiguous(), m.clone(), normalizers, *kept
+        return h, C.contiguous(), n.contiguous(), m.clone(), *kept
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -91,31 +92,30 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(L, eps, dh, dC, dn, dm, q, k, v, i, log_f, s, C, n, m, h, C_end, n_end, _, *kept):
-        normalizers, *kept = kept
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         di, dlog_f, dm_t, m_t = (torch.empty_like(i, dtype=torch.float64) for _ in range(4))
         later = with_normalizer(dC, dn)  # the gradient of the state at a group's end
-        for span, gates in reversed(spans(L, eps, q, i, log_f, s, m)):
-            Q, K, V, H, NQ, dH = map(span.of, (q, k, v, h, normalizers, dh))
-            dQ, dK, dV, dI, dF, dM = map(span.of, (dq, dk, dv, di, dlog_f, dm_t))
-            span.of(m_t)[:] = gates.m_t
+        for span in reversed(spans(L, q)):
+            Q, K, V, H, dH = map(span.of, (q, k, v, h, dh))
+            dQ, dK, dV = map(span.of, (dq, dk, dv))
+            *kept, nq, weights = kept
+            gates = Gates(weights)
+            per_unit = 1 / gates.denominator(nq)
+            toward_nq = -nq.sign() * (nq.abs() > gates.floor)
+            sums = weights.new_empty(6, *nq.shape[:2])
             for chunks, rows in reversed(span.groups(q, v)):
-                *kept, state = kept
+                *kept, starts = kept
                 x, y = pack(Q[chunks]), pack(K[chunks], gates.k_factor[rows])
-                z, nq = pack(V[chunks], ones=1), pack(NQ[chunks])[..., None]
-                P, over_chunk = gates.inside(rows), gates.over_chunk[chunks]
+                z, P = pack(V[chunks], ones=1), gates.inside(rows)
                 from_start, to_end = gates.from_start[rows], gates.to_end[rows]
-                x_start, y_end = x * from_start, y * to_end
-                starts = state
-                if len(over_chunk) > 1:
-                    starts, _ = chain(state, torch.bmm(y_end.mT, z), over_chunk)
+                x_start, y_end, over_chunk = x * from_start, y * to_end, gates.over_chunk[rows]
+                if len(starts) < len(x):
+                    starts, _ = chain(starts, torch.bmm(y_end.mT, z), over_chunk)
 
                 # h = num / (max(|nq|, exp(-m)) + eps)
-                per_unit = 1 / gates.denominator(nq, rows)
-                along = per_unit * pack((dH[chunks] * H[chunks]).sum(-1, keepdim=True))
-                d_num = pack(dH[chunks], per_unit, ones=1)
-                d_num[..., -1:] = -along * nq.sign() * (nq.abs() > gates.floor[rows])
-                unpack((-gates.eps[rows] * along)[..., 0], dM[chunks])
+                d_num = pack(dH[chunks], per_unit[rows], ones=1)
+                along = pack((dH[chunks] * H[chunks]).sum(-1, keepdim=True)) * per_unit[rows]
+                d_num[..., -1:] = along * toward_nq[rows]
 
                 # num = (P * q k^T) z + from_start * q C
                 inside = torch.bmm(x, y.mT).mul_(P)
@@ -131,7 +131,7 @@ class Gradient(torch.autograd.Function):
                 # C' = over_chunk * C + (to_end * k) z^T
                 d_starts = torch.bmm(x_start.mT, d_num)
                 ends, later = chain(later, d_starts, over_chunk, reverse=True)
-                d_over_chunk = over_chunk.flatten() * (ends * starts).sum((-1, -2))
+                d_over_chunk = (ends * starts).sum((-1, -2), keepdim=True).mul_(over_chunk)
                 dy_end = torch.bmm(z, ends.mT)
                 d_to_end = (dy_end * y_end).sum(-1)
                 dy.addcmul_(dy_end, to_end)
@@ -140,8 +140,23 @@ class Gradient(torch.autograd.Function):
                 unpack(dx, dQ[chunks])
                 unpack(dy, dK[chunks], gates.k_factor[rows])
                 unpack(dz[..., :-1], dV[chunks])
-                unpack(d_inside.sum(-2) + d_to_end, dI[chunks])
-                unpack(through_decays(d_inside, d_from_start, d_to_end, d_over_chunk), dF[chunks])
+                parts = (
+                    along[..., 0],
+                    d_inside.sum(-2),
+                    through_decays(d_inside),
+                    d_from_start,
+                    d_to_end,
+                    d_over_chunk[..., 0].expand_as(d_to_end),
+                )
+                sums[:, rows] = torch.stack(parts)
+
+            along, column, inside, from_start, to_end, over_chunk = sums.double()
+            from_start = from_start.flip(-1).cumsum(-1).flip(-1)
+            before = to_end.cumsum(-1) - to_end
+            unpack(-gates.eps[..., 0] * along, span.of(dm_t))
+            unpack(gates.m_t[..., 0], span.of(m_t))
+            unpack(column + to_end, span.of(di))
+            unpack(inside + from_start + before + over_chunk, span.of(dlog_f))
 
         later = later.unflatten(0, C.shape[:2])
         dm = dm - inner(dC, C_end) - inner(dn, n_end)
@@ -196,16 +211,11 @@ class Span:
         return [(slice(a, z), slice(a * B * NH, z * B * NH)) for a, z in bounds]
 
 
-def spans(L, eps, q, i, log_f, s, m):
-    """All whole chunks, and the rest as a chunk of its own, with their gates."""
+def spans(L, q):
+    """All whole chunks, and the rest as a chunk of its own."""
     count, rest = divmod(q.shape[1], L)
-    found = []
-    for span in (Span(0, count, L), Span(count * L, 1, rest)):
-        if span.count * span.L:
-            gates = Gates(q.shape[-1], eps, *(span.of(x) for x in (i, log_f, s)), m)
-            found.append((span, gates))
-            m = gates.m[-1]
-    return found
+    found = Span(0, count, L), Span(count * L, 1, rest)
+    return [span for span in found if span.count * span.L]
 
 
 def pack(x, factor=None, ones=0):
@@ -215,80 +225,86 @@ def pack(x, factor=None, ones=0):
     width = x.shape[-1]
     packed = x.new_empty((*x.shape[:-1], width + ones), dtype=torch.float32)
     packed[..., width:] = 1
-    weigh(x, factor, packed[..., :width])
+    multiply(x, factor, packed[..., :width])
     return packed.flatten(0, 2)
 
 
 def unpack(x, into, factor=None):
     """The way back of `pack`."""
-    weigh(x.unflatten(0, into.shape[:3]), factor, into)
+    multiply(x.unflatten(0, into.shape[:3]), factor, into)
 
 
-def weigh(x, factor, out):
+def multiply(x, factor, out):
     if factor is None:
         out.copy_(x)
     else:
         torch.mul(x, factor.unflatten(0, x.shape[:3]), out=out)
 
 
+def weigh(DHQK, eps, i, log_f, s, start_m):
+    """What gates (chunks, B, NH, L) weigh, for `Gates`, and the last stabilizer."""
+    i, log_f, s = (x.contiguous().double() for x in (i, log_f, s))
+    b = log_f.clamp(min=SHUT).cumsum(-1)
+    offered = (s - b).cummax(-1).values
+    # At the ends of chunks, and before the first: the stabilizer, and the sum of log_f.
+    g = torch.nn.functional.pad(b[..., -1].cumsum(0), (0, 0, 0, 0, 1, 0))
+    offers = torch.cat([start_m[None], offered[..., -1] - g[:-1]])
+    m = (g + offers.cummax(0).values).float()
+    m[0] = start_m
+    start, end = m[:-1, ..., None].double(), m[1:, ..., None].double()
+    m_t = b + torch.maximum(offered, start)
+
+    # Large terms of rows and columns cancel exactly. What they lose in float32 is a factor of k_j,
+    # and for t a change of the stabilizer, which scales all but what is added to it.
+    exact_row, exact_column = b - m_t - 0.5 * math.log(DHQK), i.clamp(min=SHUT) - b
+    row, column = exact_row.float(), exact_column.float()
+    lost = exact_row - row
+    over_chunk = (b[..., -1:] + start - end).expand_as(b)
+    to_end = column + b[..., -1:] - end
+    logarithms = row + start, to_end, over_chunk, -m_t - lost, -lost, exact_column - column
+    weights = torch.stack(logarithms, -2).float().clamp_(max=MAX_EXPONENT).exp_()
+    weights[..., 4, :] *= eps
+    weights = torch.cat([torch.stack([row, column, m_t.float()], -2), weights], -2)
+    return weights.flatten(0, 2), m[-1]
+
+
 class Gates:
-    """What the gates of a span weigh, of gates (chunks, B, NH, L): see `inside`."""
+    """What the gates of a span weigh: views (rows, L, 1) of the (rows, 9, L) of `weigh`.
 
-    def __init__(self, DHQK, eps, i, log_f, s, start_m):
-        i, log_f, s = (x.contiguous().double() for x in (i, log_f, s))
-        b = log_f.clamp(min=SHUT).cumsum(-1)
-        offered = (s - b).cummax(-1).values
-        # At the ends of chunks, and before the first: the stabilizer, and the sum of log_f.
-        g = torch.nn.functional.pad(b[..., -1].cumsum(0), (0, 0, 0, 0, 1, 0))
-        offers = torch.cat([start_m[None], offered[..., -1] - g[:-1]])
-        self.m = m = (g + offers.cummax(0).values).float()
-        m[0] = start_m
-        start, end = m[:-1, ..., None], m[1:, ..., None]
-        self.m_t = m_t = b + torch.maximum(offered, start)
+    At step t: of step j of the chunk, exp(row_t + column_j), and of the chunk's start. At the
+    chunk's end: of step j, and of its start.
+    """
 
-        # At step t: of step j of the chunk, exp(row_t + column_j), and of the chunk's start. Large
-        # terms of both cancel exactly. What they lose in float32 is a factor of k_j, and for t a
-        # change of the stabilizer, which scales all but what is added to it.
-        exact_row, exact_column = b - m_t - 0.5 * math.log(DHQK), i.clamp(min=SHUT) - b
-        row, column = exact_row.float(), exact_column.float()
-        lost = exact_row - row
-        floor = torch.exp((-m_t - lost).clamp(max=MAX_EXPONENT))
-        # At the chunk's end: of step j, and of its start.
-        to_end = torch.exp(column + (b[..., -1:] - end))
-        self.over_chunk = (g - m).diff(dim=0).float().exp_().flatten(1)[..., None, None]
-
-        weights = row, column, torch.exp(row + start.double()), to_end, floor
-        weights = *weights, eps * torch.exp(-lost), torch.exp(exact_column - column)
-        weights = (x.float().flatten(0, 2)[..., None] for x in weights)
-        self.row, self.column, self.from_start, self.to_end, self.floor, *weights = weights
-        self.eps, self.k_factor = weights
+    def __init__(self, weights):
+        self.row, self.column, self.m_t, *weights = weights[..., None].unbind(1)
+        self.from_start, self.to_end, over_chunk, self.floor, self.eps, self.k_factor = weights
+        self.over_chunk = over_chunk[:, :1]
 
     def inside(self, rows):
         return (self.row[rows] + self.column[rows].mT).exp_().tril_()
 
-    def denominator(self, nq, rows):
+    def denominator(self, nq, rows=slice(None)):
         return torch.maximum(nq.abs(), self.floor[rows]).add_(self.eps[rows])
 
 
-def through_decays(d_inside, d_from_start, d_to_end, d_over_chunk):
-    """The gradient of log_f, from those of the logarithms of all weights.
+def through_decays(d_inside):
+    """The gradient of log_f, from those of the logarithms of what is inside chunks.
 
     A gate at l is part of what lies between j < l and t >= l. The sums hold no other terms: those
     would cancel, but leave their rounding errors.
     """
     L = d_inside.shape[-1]
     before = torch.ones(L, L, device=d_inside.device).triu_(1)  # [j, l]: j < l
-    inside = (d_inside @ before).tril_().sum(-2)
-    from_start = d_from_start.flip(-1).cumsum(-1).flip(-1)
-    return inside + from_start + (d_to_end.cumsum(-1) - d_to_end) + d_over_chunk[..., None]
+    return (d_inside @ before).tril_().sum(-2)
 
 
 def chain(state, added, weights, reverse=False):
     """Of states that are `weight * state before + added`, those before each, and the last."""
-    before, added = [], added.unflatten(0, (len(weights), -1))
-    for c in reversed(range(len(weights))) if reverse else range(len(weights)):
+    before, heads = [], len(state)
+    pairs = list(zip(added.split(heads), weights.split(heads), strict=True))
+    for new, weight in reversed(pairs) if reverse else pairs:
         before.append(state)
-        state = torch.addcmul(added[c], weights[c], state)
+        state = torch.addcmul(new, weight, state)
     return torch.cat(before[::-1] if reverse else before) if len(before) > 1 else before[0], state
 
 
