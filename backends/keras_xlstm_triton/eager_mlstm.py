@@ -37,7 +37,7 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 
 def chunk_size_for(DHQK, DHHV):
-    return 64 if DHQK * DHHV < 2**16 else 128
+    return 64 if DHQK * DHHV < 2**14 else 128
 
 
 class Chunkwise(torch.autograd.Function):
@@ -237,8 +237,12 @@ def unpack(x, into, factor=None):
 def multiply(x, factor, out):
     if factor is None:
         out.copy_(x)
+        return
+    factor = factor.unflatten(0, x.shape[:3])
+    if torch.compiler.is_compiling():
+        out.copy_(x * factor)  # Dynamo refuses an `out` that is not contiguous
     else:
-        torch.mul(x, factor.unflatten(0, x.shape[:3]), out=out)
+        torch.mul(x, factor, out=out)
 
 
 def weigh(DHQK, eps, i, log_f, s, start_m):
@@ -262,9 +266,9 @@ def weigh(DHQK, eps, i, log_f, s, start_m):
     over_chunk = (b[..., -1:] + start - end).expand_as(b)
     to_end = column + b[..., -1:] - end
     logarithms = row + start, to_end, over_chunk, -m_t - lost, -lost, exact_column - column
-    weights = torch.stack(logarithms, -2).float().clamp_(max=MAX_EXPONENT).exp_()
-    weights[..., 4, :] *= eps
-    weights = torch.cat([torch.stack([row, column, m_t.float()], -2), weights], -2)
+    weights = torch.stack([row, column, m_t, *logarithms], -2).float()
+    weights[..., 3:, :].clamp_(max=MAX_EXPONENT).exp_()
+    weights[..., 7, :] *= eps
     return weights.flatten(0, 2), m[-1]
 
 
