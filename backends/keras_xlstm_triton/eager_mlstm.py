@@ -1,17 +1,16 @@
 """The chunkwise mLSTM for torch, in plain torch, with its gradient written out.
 
 Mathematics and names are those of `keras_xlstm/ops/mlstm.py`. The sequence is walked in groups of
-chunks: all chunks of a group are computed in batched products, the states at their starts too,
-since a state is the weighted sum of what the chunks before it added. A group holds as many chunks
-as its temporaries fit the cache: many of small heads, one of large heads. The backward pass keeps
-the inputs, h, and the states at the starts of chunks; it walks the groups from the last to the
-first, and computes all else again.
+chunks: products are of all chunks of a group, and only the states go from chunk to chunk. A group
+holds as many chunks as its temporaries fit the cache: many of small heads, one of large heads. The
+backward pass keeps the inputs, h, what the gates weigh, and the states that groups start from; it
+walks the groups from the last to the first, and computes all else again.
 
 Three things make it short and exact:
 
 - The normalizer is one more column of the memory: n is what C would hold of values that are 1.
-- Logarithms of decays are differences of float64 prefix sums, so that small ones survive beside
-  large ones. All else is float32, whatever the inputs come in.
+- Logarithms of decays are differences of prefix sums in float64, so that small ones survive beside
+  large ones; `weigh` says how float32 keeps that. All else is float32, whatever the inputs come in.
 - A stabilizer only scales, so its gradient cancels, but for eps and the last state. What is left
   flows to the step that set the maximum.
 """
