@@ -1,16 +1,18 @@
 """Decoding without Python's layers: a model's step, traced once to torch's own operations.
 
 For one token, calling a layer costs a hundred times what the layer computes. The step is traced
-once for each batch size, and three kinds of operations leave the graph that each token runs:
+once for each batch size, and the graph that every token runs is made short:
 
-    of weights only          run once a generation: casts, dequantization, LoRA's sums
-    changes of shape         become one view, or none
-    without use              are dropped
+    operations on weights only     run once a generation: casts, dequantization, LoRA's sums
+    products of one row            are split between threads
+    changes of shape               become one view, or none
+    operations with a number       take it as a tensor, which torch need not convert each time
 
 A trace holds variables, not their values, so it sees what training or loading assigns to them. It
 is made anew when the model has other variables, as after `enable_lora` or `quantize`.
 """
 
+import math
 import weakref
 
 import torch
@@ -18,17 +20,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
-RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.alias.default,
-    aten.detach.default,
-}
-SMALLEST_SPLIT = 2**14
+SMALLEST_SPLIT = 2**14  # weights; below, one thread reads them faster than two
 _steps = weakref.WeakKeyDictionary()  # model -> its tensors, {shape of token ids: TracedStep}
 
 
@@ -66,14 +58,19 @@ class TracedStep:
             return logits, hidden_states, *_flat(cache)
 
         with torch.no_grad():
-            traced = make_fx(step, {aten.mm.default: mm})(token_ids, *_flat(cache))
+            traced = make_fx(step, CHEAPER)(token_ids, *_flat(cache))
         traced.graph.eliminate_dead_code()
-        before, each_time = _split(traced.graph)
-        self.weights = GraphModule(traced, before).forward
+        before, each_time = _shortened(traced.graph)
+        self.run_before = GraphModule(traced, before).forward
         self.run = GraphModule({}, each_time).forward
 
+    def weights(self):
+        with torch.inference_mode():
+            return self.run_before()
+
     def __call__(self, token_ids, cache, weights):
-        logits, hidden_states, *states = self.run(token_ids, *_flat(cache), *weights)
+        with torch.inference_mode():
+            logits, hidden_states, *states = self.run(token_ids, *_flat(cache), *weights)
         return logits, hidden_states, self._nested(states)
 
     def _nested(self, states):
@@ -81,53 +78,95 @@ class TracedStep:
         return [[next(states) for _ in range(size)] for size in self.sizes]
 
 
-def mm(x, weights):
-    """Splits the product of one row on a CPU between threads, which MKL does not."""
-    parts, (D, N) = torch.get_num_threads(), weights.shape
-    if len(x) > 1 or x.device.type != "cpu" or N % parts or D * N < SMALLEST_SPLIT:
-        return NotImplemented
-    weights = weights.unflatten(1, (parts, N // parts)).transpose(0, 1)
-    return torch.bmm(x.expand(parts, 1, D), weights).view(1, N)
-
-
 def _flat(cache):
     return [x for state in cache for x in state]
 
 
-def _split(graph):
+# While tracing
+
+
+def _mm(x, weights):
+    """MKL computes the product of one row with one thread, which cannot read as fast as all."""
+    threads, (D, N) = torch.get_num_threads(), weights.shape
+    if len(x) > 1 or x.device.type != "cpu" or D * N < SMALLEST_SPLIT:
+        return NotImplemented
+    parts = next(n for n in range(threads, 0, -1) if N % n == 0)
+    weights = weights.unflatten(1, (parts, N // parts)).transpose(0, 1)
+    return torch.bmm(x.expand(parts, 1, D), weights).view(1, N)
+
+
+def _mean(x, axes, keepdim=False, *, dtype=None):
+    if dtype is not None or x.dtype != torch.float32:
+        return NotImplemented
+    return x.sum(axes, keepdim) * (1 / math.prod(x.shape[axis] for axis in axes))
+
+
+def _with_tensor(op):
+    def call(x, number, **kwargs):
+        if kwargs or type(number) is not float or x.dtype != torch.float32:
+            return NotImplemented
+        return op(x, torch.full((), number, dtype=x.dtype, device=x.device))
+
+    return call
+
+
+CHEAPER = {
+    aten.mm.default: _mm,
+    aten.mean.dim: _mean,
+    aten.add.Tensor: _with_tensor(aten.add.Tensor),
+    aten.add_.Scalar: _with_tensor(aten.add_.Tensor),
+    aten.mul.Tensor: _with_tensor(aten.mul.Tensor),
+    aten.mul_.Tensor: _with_tensor(aten.mul_.Tensor),
+    aten.div.Tensor: _with_tensor(aten.div.Tensor),
+}
+
+# Graphs
+
+RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+
+
+def _shortened(graph):
     """A graph of what depends on weights only, and one of the rest, which takes its results."""
     fixed = _fixed(graph)
-    before, after, copies = Graph(), Graph(), {}
-    for node in graph.nodes:
-        if node in fixed:
-            copies[node] = before.node_copy(node, copies.__getitem__)
+    before, copies = Graph(), {}
+    for node in fixed:
+        copies[node] = before.node_copy(node, copies.__getitem__)
     results = [x for x in fixed if any(user not in fixed for user in x.users)]
     before.output([copies[x] for x in results])
 
-    copies = {x: after.placeholder(x.name) for x in graph.nodes if x.op == "placeholder"}
-    copies |= {x: after.placeholder(x.name) for x in results}
-    views = {}
+    after, views = Graph(), {}
+    inputs = [x for x in graph.nodes if x.op == "placeholder"] + results
+    copies = {x: after.placeholder(x.name) for x in inputs}
     for node in graph.nodes:
         if node not in fixed and node.op != "placeholder":
-            copies[node] = _copy_short(after, node, copies, views)
-    after.eliminate_dead_code()  # what only served changes of shape
+            copies[node] = _copy(after, node, copies, views)
+    after.eliminate_dead_code()  # views of views
     return before, after
 
 
 def _fixed(graph):
-    """The nodes that give the same for every token."""
+    """The nodes that give the same for every token, in order."""
     changed = set()  # in place, itself or through a view
     for node in reversed(graph.nodes):
-        if any(_is_in_place(x) or x in changed and x.target in RESHAPES for x in node.users):
-            changed.add(node)
-    fixed = {}  # a set in order
+        for user in node.users:
+            through = _is_in_place(user) or (user in changed and user.target in RESHAPES)
+            if through and user.args[0] is node:
+                changed.add(node)
+    fixed = {}
     for node in graph.nodes:
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.op == "get_attr" or (
             node.op == "call_function"
-            and not random
-            and node not in changed
-            and not _is_in_place(node)
+            and not (is_random or _is_in_place(node) or node in changed)
             and all(x in fixed for x in node.all_input_nodes)
         ):
             fixed[node] = None
@@ -139,31 +178,34 @@ def _is_in_place(node):
     return schema is not None and schema.is_mutable
 
 
-def _copy_short(graph, node, copies, views):
-    """Copies a node: a change of shape as a view or nothing, the rest in its cheapest form.
-
-    Methods of tensors are called at half the cost of operators.
-    """
-    root = node
-    while root.target in RESHAPES and _is_whole(root):
-        root = root.args[0]
-    if root is not node:
-        shape = list(node.meta["val"].shape)
-        if shape == list(root.meta["val"].shape):
-            return copies[root]
-        key = root, *shape
+def _copy(graph, node, copies, views):
+    """Copies a node: a change of shape as one view or nothing, the rest as the cheapest call."""
+    root = _root(node)
+    if root is not node or node.target is aten.expand.default:
+        source = node.args[0] if root is node else root
+        shape = tuple(node.meta["val"].shape)
+        if shape == tuple(source.meta["val"].shape):
+            return copies[source]
+        key = copies[source], "expand" if root is node else "view", shape
         if key not in views:
-            views[key] = graph.call_method("view", (copies[root], shape))
+            views[key] = graph.call_method(key[1], (key[0], shape))
         return views[key]
     copy = graph.node_copy(node, copies.__getitem__)
     if isinstance(node.target, torch._ops.OpOverload):
+        # A method of a tensor is called at half the cost of an operator.
         name, arguments = node.target.overloadpacket.__name__, node.target._schema.arguments
         if arguments and arguments[0].name == "self" and hasattr(torch.Tensor, name):
             copy.op, copy.target = "call_method", name
     return copy
 
 
-def _is_whole(node):
-    """Whether a change of shape keeps all elements in their order."""
-    x, y = node.args[0].meta.get("val"), node.meta["val"]
-    return x is not None and x.numel() == y.numel() and x.is_contiguous() and y.is_contiguous()
+def _root(node):
+    """What a node is but for its shape."""
+    while node.target in RESHAPES and _keeps_order(node):
+        node = node.args[0]
+    return node
+
+
+def _keeps_order(node):
+    x, y = node.args[0].meta["val"], node.meta["val"]
+    return x.numel() == y.numel() and x.is_contiguous() and y.is_contiguous()
