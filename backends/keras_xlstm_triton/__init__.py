@@ -15,5 +15,5 @@ def register_kernels():
     )
     kernels.register("torch", eager_linear.soft_cap, op="soft_cap", priority=10)
     kernels.register("torch", eager_linear.cross_entropy, op="cross_entropy", priority=10)
-    kernels.register("traced", traced.decoder, traced.why_not, op="decode", priority=10)
+    kernels.register("traced", traced.repeated, traced.why_not, op="repeated", priority=10)
     kernels.register("torch", eager_linear.normalize, op="normalize", priority=10)

@@ -1,7 +1,7 @@
-"""Decoding without Python's layers: a model's step, traced once to torch's own operations.
+"""Generation without Python's layers: functions of a model, traced once to torch's operations.
 
-For one token, calling a layer costs a hundred times what the layer computes. The step is traced
-once for each batch size, and the graph that every token runs is made short:
+For one token, calling a layer costs a hundred times what the layer computes. So a function is
+traced, once for each shape of its token ids, and the graph that each call runs is made short:
 
     operations on weights only     run once a generation: casts, dequantization, LoRA's sums
     products of one row            are split between threads
@@ -20,45 +20,49 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
+MOST_TOKENS = 512  # more compute for longer than layers take to call, and take long to trace
 SMALLEST_SPLIT = 2**14  # weights; below, one thread reads them faster than two
-_steps = weakref.WeakKeyDictionary()  # model -> its tensors, {shape of token ids: TracedStep}
+_traces = weakref.WeakKeyDictionary()  # model -> its tensors, {function and shape: Trace}
 
 
-def why_not(model):
+def why_not(function, model):
     if model.run_eagerly:
         return "needs a model that is not compiled with `run_eagerly=True`"
 
 
-def decoder(model):
-    """A kernel of the operation "decode", see `keras_xlstm/ops/decode.py`."""
+def repeated(function, model):
+    """A kernel of the operation "repeated", see `keras_xlstm/ops/repeated.py`."""
     tensors = [v.value for v in model.variables]
-    traced_with, steps = _steps.get(model, ([], None))
+    traced_with, traces = _traces.get(model, ([], None))
     if [id(x) for x in traced_with] != [id(x) for x in tensors]:
-        steps = {}
-        _steps[model] = tensors, steps
+        traces = {}
+        _traces[model] = tensors, traces
     weights = {}
 
-    def step(token_ids, cache):
-        key = *token_ids.shape, token_ids.dtype
+    def call(token_ids, cache, *mask):
+        if token_ids.numel() > MOST_TOKENS:
+            return function(token_ids, cache, *mask)
+        key = function.__name__, *token_ids.shape, cache is None, len(mask)
         if key not in weights:
-            if key not in steps:
-                steps[key] = TracedStep(model, token_ids, cache)
-            weights[key] = steps[key].weights()
-        return steps[key](token_ids, cache, weights[key])
+            if key not in traces:
+                traces[key] = Trace(function, token_ids, cache, mask)
+            weights[key] = traces[key].weights()
+        return traces[key](token_ids, cache, mask, weights[key])
 
-    return step
+    return call
 
 
-class TracedStep:
-    def __init__(self, model, token_ids, cache):
-        self.sizes = [len(state) for state in cache]
-
-        def step(token_ids, *states):
-            logits, hidden_states, cache = model.call_with_cache(token_ids, self._nested(states))
-            return logits, hidden_states, *_flat(cache)
+class Trace:
+    def __init__(self, function, token_ids, cache, mask):
+        def flat(*tensors):
+            states = iter(tensors[1 + len(mask) :])
+            nested = None if cache is None else [[next(states) for _ in row] for row in cache]
+            *outputs, new = function(tensors[0], nested, *tensors[1 : 1 + len(mask)])
+            self.sizes = [len(row) for row in new]
+            return *outputs, *_flat(new)
 
         with torch.no_grad():
-            traced = make_fx(step, CHEAPER)(token_ids, *_flat(cache))
+            traced = make_fx(flat, CHEAPER)(token_ids, *mask, *_flat(cache))
         traced.graph.eliminate_dead_code()
         before, each_time = _shortened(traced.graph)
         self.run_before = GraphModule(traced, before).forward
@@ -68,18 +72,16 @@ class TracedStep:
         with torch.inference_mode():
             return self.run_before()
 
-    def __call__(self, token_ids, cache, weights):
+    def __call__(self, token_ids, cache, mask, weights):
         with torch.inference_mode():
-            logits, hidden_states, *states = self.run(token_ids, *_flat(cache), *weights)
-        return logits, hidden_states, self._nested(states)
-
-    def _nested(self, states):
-        states = iter(states)
-        return [[next(states) for _ in range(size)] for size in self.sizes]
+            outputs = self.run(token_ids, *mask, *_flat(cache), *weights)
+        number = len(outputs) - sum(self.sizes)
+        states = iter(outputs[number:])
+        return *outputs[:number], [[next(states) for _ in range(size)] for size in self.sizes]
 
 
 def _flat(cache):
-    return [x for state in cache for x in state]
+    return [x for row in cache or () for x in row]
 
 
 # While tracing

@@ -8,8 +8,8 @@ from keras_xlstm.models.backbone import XLSTMBackbone
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
 from keras_xlstm.models.generation import EMPTY, Alignment, add_prompt, is_any
 from keras_xlstm.models.token_loss import TokenLoss
-from keras_xlstm.ops.decode import decoder
 from keras_xlstm.ops.linear import cross_entropy
+from keras_xlstm.ops.repeated import repeated
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -145,9 +145,9 @@ class XLSTMCausalLM(CausalLM):
 
         # The first `next` reads the last token of the prompts, so the cache must not have it.
         columns = ops.arange(P, dtype="int32")[None]
-        hidden_states, cache = self._advance(prompt, None, columns < rows.last)
+        read, step = repeated(self._advance, self), repeated(self.call_with_cache, self)
+        hidden_states, cache = read(prompt, None, columns < rows.last)
         last_token = ops.take_along_axis(prompt, rows.last, axis=1)
-        step = decoder(self)
         _, last_hidden, _ = step(last_token, cache)
         is_last = (columns == rows.last)[..., None]
         hidden_states = ops.where(is_last, last_hidden, hidden_states)
@@ -160,20 +160,21 @@ class XLSTMCausalLM(CausalLM):
             return ops.repeat(finished, beams, axis=0)[:, None]
 
         # A finished row takes this token with certainty: nothing that it still goes through while
-        # others are at work changes the score of its beams.
+        # others are at work changes the score of its beams. One row alone ends the loop.
         filler = 0 if stop_token_ids is None else stop_token_ids[0]
         is_filler = ops.arange(self.backbone.vocabulary_size)[None] == filler
         certain = ops.where(is_filler, 0.0, -1e9)
 
         def next(prompt, cache, index):
+            token = prompt[:, index - 1][:, None]
             states, stopped = cache
-            token = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
-            if stop_token_ids is not None:
-                is_stop = ops.logical_and(is_any(token, stop_token_ids), index > rows.start)
-                stopped = ops.logical_or(stopped, is_stop)
             logits, hidden_states, states = step(token, states)
-            logits, hidden_states = ops.squeeze(logits, 1), ops.squeeze(hidden_states, 1)
-            logits = ops.where(is_finished(stopped, index), certain, logits)
+            logits, hidden_states = logits[:, 0], hidden_states[:, 0]
+            if B != 1:
+                if stop_token_ids is not None:
+                    is_stop = ops.logical_and(is_any(token, stop_token_ids), index > rows.start)
+                    stopped = ops.logical_or(stopped, is_stop)
+                logits = ops.where(is_finished(stopped, index), certain, logits)
             return logits, hidden_states, (states, stopped)
 
         buffer = self.sampler(
