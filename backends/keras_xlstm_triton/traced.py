@@ -160,24 +160,36 @@ def _fixed(graph):
     changed = set()  # in place, itself or through a view
     for node in reversed(graph.nodes):
         for user in node.users:
-            through = _is_in_place(user) or (user in changed and user.target in RESHAPES)
-            if through and user.args[0] is node:
+            if node in _written(user) or (user in changed and _is_view(user)):
                 changed.add(node)
     fixed = {}
     for node in graph.nodes:
         is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.op == "get_attr" or (
             node.op == "call_function"
-            and not (is_random or _is_in_place(node) or node in changed)
+            and not (is_random or _written(node) or node in changed)
             and all(x in fixed for x in node.all_input_nodes)
         ):
             fixed[node] = None
     return fixed
 
 
-def _is_in_place(node):
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _written(node):
+    """The tensors that a node changes."""
+    named = dict(zip((x.name for x in _arguments(node)), node.args, strict=False)) | node.kwargs
+    return [
+        named[x.name]
+        for x in _arguments(node)
+        if x.alias_info is not None and x.alias_info.is_write and x.name in named
+    ]
+
+
+def _is_view(node):
+    return any(x.alias_info is not None for x in _arguments(node))
+
+
+def _arguments(node):
+    return node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else []
 
 
 def _copy(graph, node, copies, views):
@@ -193,10 +205,11 @@ def _copy(graph, node, copies, views):
             views[key] = graph.call_method(key[1], (key[0], shape))
         return views[key]
     copy = graph.node_copy(node, copies.__getitem__)
-    if isinstance(node.target, torch._ops.OpOverload):
+    arguments = _arguments(node)
+    if arguments and arguments[0].name == "self" and not any(x.is_out for x in arguments):
         # A method of a tensor is called at half the cost of an operator.
-        name, arguments = node.target.overloadpacket.__name__, node.target._schema.arguments
-        if arguments and arguments[0].name == "self" and hasattr(torch.Tensor, name):
+        name = node.target.overloadpacket.__name__
+        if hasattr(torch.Tensor, name):
             copy.op, copy.target = "call_method", name
     return copy
 
