@@ -151,7 +151,8 @@ def _shortened(graph):
     for node in graph.nodes:
         if node not in fixed and node.op != "placeholder":
             copies[node] = _copy(after, node, copies, views)
-    after.eliminate_dead_code()  # views of views
+    # Of views. What else has no use is there to change something in place.
+    after.eliminate_dead_code(lambda node: node.target not in ("view", "expand"))
     return before, after
 
 
