@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_xlstm import kernels
 from keras_xlstm.models import (
     XLSTMBackbone,
     XLSTMCausalLM,
@@ -294,3 +295,35 @@ def test_mixed_precision_generates():
     for name, x in inputs.items():
         np.testing.assert_array_equal(together[name][:, 0], x[:, 0])
     assert (together["token_ids"] >= 0).all()
+
+
+def test_weights_may_change_between_two_generations():
+    model, inputs = generator("greedy"), prompts_of(PROMPTS[:1])
+    model = XLSTMCausalLM(XLSTMBackbone.from_config(model.backbone.get_config()))
+    noise = np.random.default_rng(5)
+    for turn in range(2):
+        if turn:
+            model.backbone.enable_lora(2)  # other variables
+        for w in model.trainable_variables:
+            w.assign(w + 0.3 * noise.normal(size=w.shape))
+        model.compile(sampler="greedy", run_eagerly=True)
+        plain = generate(model, inputs)
+        model.compile(sampler="greedy")
+        before = generate(model, inputs)
+        assert_same(before, plain)
+        model.backbone.set_weights([-w for w in model.backbone.get_weights()])
+        after = generate(model, inputs)
+        assert (before["token_ids"] != after["token_ids"]).any()
+        model.compile(sampler="greedy", run_eagerly=True)
+        assert_same(after, generate(model, inputs))
+
+
+def test_kernels_say_how_a_model_generates():
+    model = generator("greedy", run_eagerly=True)
+    explained = kernels.explain(model.call_with_cache, model, op="repeated")
+    assert "* plain" in explained
+    if keras.backend.backend() == "torch":
+        assert "run_eagerly=True" in explained
+        model.compile()
+        assert "* traced" in kernels.explain(model.call_with_cache, model, op="repeated")
+    model.compile()

@@ -4,7 +4,7 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_triton import eager_linear
+    from keras_xlstm_triton import eager_linear, traced
     from keras_xlstm_triton.eager_mlstm import mlstm
     from keras_xlstm_triton.eager_slstm import slstm
 
@@ -15,3 +15,5 @@ def register_kernels():
     )
     kernels.register("torch", eager_linear.soft_cap, op="soft_cap", priority=10)
     kernels.register("torch", eager_linear.cross_entropy, op="cross_entropy", priority=10)
+    kernels.register("traced", traced.repeated, traced.why_not, op="repeated", priority=10)
+    kernels.register("torch", eager_linear.normalize, op="normalize", priority=10)

@@ -80,6 +80,10 @@ class SoftCap(torch.autograd.Function):
         return y.square().mul_(-(ctx.cap**-2)).add_(1).mul_(dy), None
 
 
+def normalize(x, eps):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
 def cross_entropy(logits, targets):
     loss = CrossEntropy.apply(logits.flatten(0, -2), targets.flatten().long())
     return loss.view(targets.shape)

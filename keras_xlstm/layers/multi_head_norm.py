@@ -1,6 +1,8 @@
 import keras
 from keras import ops
 
+from keras_xlstm.ops.normalize import normalize
+
 
 @keras.saving.register_keras_serializable("keras_xlstm")
 class MultiHeadNorm(keras.layers.Layer):
@@ -32,9 +34,7 @@ class MultiHeadNorm(keras.layers.Layer):
 
     def call(self, x):
         x = ops.cast(x, "float32")
-        x = x - ops.mean(x, axis=-1, keepdims=True)
-        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
-        x = x * ops.rsqrt(variance + self.epsilon) * ops.cast(self.scale, "float32")
+        x = normalize(x, self.epsilon) * ops.cast(self.scale, "float32")
         return ops.cast(x, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):

@@ -224,10 +224,12 @@ def masked_gates(i, f, mask, reset):
 def step(q, k, v, i, log_f, s, state, eps):
     """The recurrence at the head of this file, on (B, NH, ...) in float32."""
     C, n, m = state
-    m_new = ops.maximum(log_f + m, s)
-    a, b = ops.exp(log_f + m - m_new)[..., None], ops.exp(i - m_new)[..., None]
-    C = a[..., None] * C + (b * k)[..., :, None] * v[..., None, :]
-    n = a * n + b * k
+    m_old = log_f + m
+    m_new = ops.maximum(m_old, s)
+    a, b = ops.exp(m_old - m_new)[..., None], ops.exp(i - m_new)[..., None]
+    bk = b * k
+    C = a[..., None] * C + bk[..., :, None] * v[..., None, :]
+    n = a * n + bk
     q = q * q.shape[-1] ** -0.5
     h = ops.squeeze(ops.matmul(q[..., None, :], C), -2)
     h = h / denominator(ops.sum(n * q, -1), m_new, eps)[..., None]
