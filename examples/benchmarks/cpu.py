@@ -18,6 +18,7 @@ glibc.malloc.trim_threshold=17179869184
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -55,6 +56,7 @@ def main():
     parser.add_argument("--json")
     parser.add_argument("--plot")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one contender of the memory table
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # see `Elsewhere`
     options = parser.parse_args()
     if BACKEND == "torch" or installed("torch"):
         import torch
@@ -62,6 +64,8 @@ def main():
         torch.set_num_threads(options.threads)
     if options.alone:
         return print(grown_memory(options.alone))
+    if options.serve:
+        return serve()
     print(f"keras-xlstm on {BACKEND}, {options.threads} threads, keras {keras.__version__}")
     print(f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}")
     results = {name: TABLES[name]() for name in options.tables or TABLES}
@@ -81,26 +85,29 @@ class Contender:
     ours: bool = False
 
 
+def seconds(run):
+    start = time.perf_counter()
+    taken = run()  # where it ran, if in another process
+    return taken if isinstance(taken, float) else time.perf_counter() - start
+
+
 def race(title, contenders, turns, work=None):
     """Lets contenders take turns; prints and returns milliseconds. `work` is in GFLOP."""
     times, failed = {}, {}
     for c in contenders:
-        start = time.perf_counter()
         try:
-            c.run()
+            first = seconds(c.run)
         except Exception as e:  # a peer's limits are its own; they are shown, not hidden
             if c.ours:
                 raise
             failed[c.name] = f"{type(e).__name__}: {e}"[:90]
             continue
-        times[c.name] = {"first": time.perf_counter() - start, "all": []}
+        times[c.name] = {"first": first, "all": []}
         c.run()
     for _ in range(turns):
         for c in contenders:
             if c.name in times:
-                start = time.perf_counter()
-                c.run()
-                times[c.name]["all"].append(1e3 * (time.perf_counter() - start))
+                times[c.name]["all"].append(1e3 * seconds(c.run))
     ours = next(np.median(times[c.name]["all"]) for c in contenders if c.ours)
     rows = {}
     print(f"\n{title}")
@@ -192,12 +199,7 @@ def limits():
 
 def median_of(run, turns=7):
     run()
-    times = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return float(np.median([seconds(run) for _ in range(turns)]))
 
 
 def mlstm_inputs(B, NH, S, DHQK, DHHV):
@@ -205,17 +207,75 @@ def mlstm_inputs(B, NH, S, DHQK, DHHV):
     return [q, k, v, random(B, S, NH), random(B, S, NH) + 3], random(B, S, NH, DHHV)
 
 
-def mlstm_contenders(shape, chunk_sizes=(64, 128)):
-    """Pairs of contenders, forward and forward+backward."""
+def mlstm_contenders(shape):
+    """Triples of a name, whether it is ours, and what computes forward and forward+backward."""
     inputs, d_h = mlstm_inputs(*shape)
-    pairs = [("ours", True, forward_and_gradient(lambda *x: ops.mlstm(*x), inputs, d_h))]
+    ours = forward_and_gradient(lambda *x: ops.mlstm(*x), inputs, d_h)
+    peers = peer_contenders_elsewhere if BACKEND == "tensorflow" else peer_contenders
+    return [("ours", True, ours)] + [(name, False, runs) for name, runs in peers(shape)]
+
+
+def peer_contenders(shape, chunk_sizes=(64, 128)):
+    inputs, d_h = mlstm_inputs(*shape)
     turned = [np.swapaxes(x, 1, 2).copy() for x in (*inputs, d_h)]
-    for name, backend, function in mlstm_peers():
-        for L in chunk_sizes:
-            call = peer_call(function, L)
-            runs = forward_and_gradient(call, turned[:5], turned[5], backend)
-            pairs.append((f"{name}, chunks of {L}", False, runs))
-    return pairs
+    return [
+        (
+            f"{name}, chunks of {L}",
+            forward_and_gradient(peer_call(function, L), turned[:5], turned[5], backend),
+        )
+        for name, backend, function in mlstm_peers()
+        for L in chunk_sizes
+    ]
+
+
+# TensorFlow and triton, which the torch peers import, crash each other in one process. So beside
+# TensorFlow the peers run in another, which waits while it is not their turn.
+
+
+def peer_contenders_elsewhere(shape):
+    ask = elsewhere()
+    return [
+        (name, [lambda number=number, which=which: ask([number, which]) for which in (0, 1)])
+        for number, name in enumerate(ask(shape))
+    ]
+
+
+@functools.cache
+def elsewhere():
+    """Starts that process. Returns a function that hands it a question."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--serve", *sys.argv[1:]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"KERAS_BACKEND": "torch"},
+    )
+
+    def ask(question):
+        print(json.dumps(question), file=process.stdin, flush=True)
+        answer = json.loads(process.stdout.readline())
+        if isinstance(answer, dict):
+            raise RuntimeError(answer["error"])
+        return answer
+
+    return ask
+
+
+def serve():
+    """Answers a shape with the names of peers, and [number, 0 or 1] with the seconds it took."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    contenders = []
+    for question in map(json.loads, sys.stdin):
+        try:
+            if len(question) > 2:
+                contenders = peer_contenders(question)
+                answer = [name for name, _ in contenders]
+            else:
+                number, which = question
+                answer = seconds(contenders[number][1][which])
+        except Exception as e:
+            answer = {"error": f"{type(e).__name__}: {e}"}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def peer_call(function, L):
@@ -295,11 +355,19 @@ def sweep():
 def memory():
     """What forward+backward at (1, 4, S, 128, 128) adds to the process, each in its own."""
     print("\nmemory of mLSTM forward+backward at (1, 4, S, 128, 128)")
-    names = ["ours:16384", "ours:65536"] + [f"{name}:16384" for name, *_ in mlstm_peers()]
+    # Torch and triton must not meet TensorFlow.
+    others = "torch" if BACKEND == "tensorflow" else BACKEND
+    peers = ["jax"] if BACKEND == "jax" else TORCH_PEERS
+    names = ["ours:16384", "ours:65536"] + [f"{name}:16384" for name in peers]
     result = {}
     for name in names:
         command = [sys.executable, __file__, "--alone", name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        environment = os.environ | {"KERAS_BACKEND": BACKEND if "ours" in name else others}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            print(f"  {name:45} failed: {done.stderr.strip()[-90:]}")
+            continue
+        output = done.stdout
         result[name] = float(output.split()[-1])
         print(f"  {name:45}{result[name]:8.0f} MB")
     return result
