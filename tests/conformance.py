@@ -199,7 +199,7 @@ class Truth:
             moves = [[*still[:j], d.astype(still[j].dtype), *still[j + 1 :]] for d in directions[j]]
             return np.array([oracle.directional(loss, inputs, move) for move in moves])
 
-        directions = self.directions
+        self.loss, directions = loss, self.directions
         self.derivatives = [
             self.around(derivatives(exact, j), derivatives(inexact, j)) for j in range(len(exact))
         ]

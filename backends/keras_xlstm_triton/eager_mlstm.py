@@ -182,7 +182,8 @@ class Gradient(torch.autograd.Function):
         def gradient(*tensors):
             return torch.func.vjp(outputs, *tensors[4:])[1](tensors[:4])
 
-        second = torch.func.vjp(gradient, *ctx.saved_tensors)[1](gradients)
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            second = torch.func.vjp(gradient, *ctx.saved_tensors)[1](gradients)
         constants = len(ctx.needs_input_grad) - 2 - len(second)
         return None, None, *second, *[None] * constants
 

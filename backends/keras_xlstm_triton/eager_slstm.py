@@ -170,7 +170,8 @@ class Gradient(torch.autograd.Function):
         def gradient(*tensors):
             return torch.func.vjp(outputs, *tensors[5:])[1](tensors[:5])
 
-        second = torch.func.vjp(gradient, *d_outputs, *inputs)[1](gradients[: len(inputs)])
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            second = torch.func.vjp(gradient, *d_outputs, *inputs)[1](gradients[: len(inputs)])
         second = *second[:5], None, None, *second[5:]
         return *second, *[None] * (17 - len(second))
 
