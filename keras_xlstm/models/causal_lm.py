@@ -1,8 +1,10 @@
 import keras
 from keras import ops
+from keras.src.quantizers.utils import should_quantize_layer
 from keras_hub.models import CausalLM
 from keras_hub.samplers import SpeculativeSampler
 
+from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.layers.soft_cap import SoftCap
 from keras_xlstm.models.backbone import XLSTMBackbone
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
@@ -54,6 +56,29 @@ class XLSTMCausalLM(CausalLM):
 
     def get_config(self):
         return super().get_config() | {"logit_soft_cap": self.logit_soft_cap}
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the dense layers and, in the modes that Keras has for it, the embedding.
+
+        Gates, states, norms and headwise projections stay as they are. Arguments as for
+        `keras.Model.quantize`.
+        """
+        mode = mode or getattr(config, "mode", None)
+        kinds = (Dense, TokenEmbedding) if mode in ("int8", "int4") else (Dense,)
+
+        def is_wanted(layer):
+            return type(layer) in kinds and should_quantize_layer(layer, filters)
+
+        super().quantize(mode, config=config, filters=is_wanted, **kwargs)
+
+    def get_quantization_layer_structure(self, mode=None):
+        """Where GPTQ and AWQ find the blocks that they quantize one after the other."""
+        if mode not in ("gptq", "awq"):
+            return None
+        return {
+            "pre_block_layers": [self.backbone.token_embedding],
+            "sequential_blocks": self.backbone.stack.blocks,
+        }
 
     def call_with_cache(self, token_ids, cache, padding_mask=None):
         """Goes on from a state: by any number of tokens, and as often as one likes.
