@@ -1,5 +1,5 @@
 import keras
-from keras import ops
+from keras import ops, tree
 from keras.src.quantizers.utils import should_quantize_layer
 from keras_hub.models import CausalLM
 from keras_hub.samplers import SpeculativeSampler
@@ -94,6 +94,40 @@ class XLSTMCausalLM(CausalLM):
         """
         hidden_states, cache = self._advance(token_ids, cache, padding_mask)
         return self._logits(hidden_states), hidden_states, cache
+
+    def step_model(self, sequence_length=1):
+        """A model with the state as an input and an output, for `export`.
+
+        It lets another program, without Keras, read a prompt and continue it token by token.
+
+        Args:
+            sequence_length: int, S, tokens that it takes at a time; `None` for any number, where
+                the export format allows that.
+
+        Returns:
+            A `keras.Model` from `[token_ids, *states]` to `[logits, *states]`: token ids (B, S)
+            and logits (B, S, vocabulary_size) that share this model's weights. States are
+            float32, named in `model.input_names`, and zero before the first token.
+
+        Example:
+
+        ```python
+        step = lm.step_model()
+        step.export("step.onnx", format="onnx")
+        ```
+        """
+        stack = self.backbone.stack
+        token_ids = keras.Input((sequence_length,), dtype="int32", name="token_ids")
+        cache = [
+            [
+                keras.Input(x.shape[1:], dtype="float32", name=f"{block.name}_{name}")
+                for name, x in zip(block.state_names, block.get_initial_state(1), strict=True)
+            ]
+            for block in stack.blocks
+        ]
+        inputs = [token_ids, *tree.flatten(cache)]
+        step = Step(self.call_with_cache, [self.backbone, self.soft_cap], cache)
+        return keras.Model(inputs, step(inputs), name=f"{self.name}_step")
 
     def score(
         self,
@@ -243,3 +277,18 @@ class XLSTMCausalLM(CausalLM):
                 f"`stop_token_ids` must be ids in the vocabulary, 0 to {size - 1}. "
                 f"Received: {unknown}."
             )
+
+
+class Step(keras.layers.Layer):
+    """`call_with_cache` from one flat list to another. `layers` are those whose weights it uses."""
+
+    def __init__(self, call_with_cache, layers, cache):
+        super().__init__(autocast=False)
+        self.call_with_cache, self.layers = call_with_cache, layers
+        self.structure = tree.map_structure(lambda x: None, cache)
+
+    def call(self, inputs):
+        token_ids, *states = inputs
+        cache = tree.pack_sequence_as(self.structure, states)
+        logits, _, cache = self.call_with_cache(token_ids, cache)
+        return [logits, *tree.flatten(cache)]

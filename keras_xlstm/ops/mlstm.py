@@ -272,7 +272,7 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     L = chunk_size or CHUNK_SIZE
     if isinstance(S, int):
         L = min(L, S)
-    num_chunks = -(-S // L)
+    num_chunks = (S + L - 1) // L  # ONNX would round -S / L the other way
 
     def chunks(x, fill=0.0):
         """(B, S, NH, ...) -> (chunks, B, NH, L, ...), a last partial chunk filled up."""
