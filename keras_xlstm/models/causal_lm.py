@@ -127,7 +127,9 @@ class XLSTMCausalLM(CausalLM):
         ]
         inputs = [token_ids, *tree.flatten(cache)]
         step = Step(self.call_with_cache, [self.backbone, self.soft_cap], cache)
-        return keras.Model(inputs, step(inputs), name=f"{self.name}_step")
+        model = keras.Model(inputs, step(inputs), name=f"{self.name}_step")
+        model(inputs)  # Keras exports what was called once
+        return model
 
     def score(
         self,
