@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python examples/benchmarks/quantization.py
 
 Needs `quickstart_preset/`, which `examples/quickstart.py` leaves. Prints a table: bytes of the
-weights, seconds to score the validation text, milliseconds a generated token, and perplexity a byte.
+weights, seconds to score the validation text, milliseconds a generated token, perplexity a byte.
 """
 
 import os
@@ -29,6 +29,7 @@ def main(modes):
     texts = [validation[s : s + WINDOW + 1] for s in range(0, len(validation) - WINDOW, WINDOW)]
     print("| mode | MB | seconds | ms a token | perplexity | change |")
     print("|---|---|---|---|---|---|")
+    plain = None
     for mode in modes:
         lm = XLSTMCausalLM.from_preset("quickstart_preset")
         if mode:
@@ -43,7 +44,7 @@ def main(modes):
         start = time.time()
         lm.generate("If an exception", max_length=WINDOW, stop_token_ids=None)
         per_token = (time.time() - start) / (WINDOW - 15) * 1e3
-        plain = perplexity if mode is None else plain
+        plain = plain or perplexity
         print(
             f"| {mode or 'float32'} | {megabytes:.2f} | {seconds:.1f} | {per_token:.1f} "
             f"| {perplexity:.3f} | {100 * (perplexity / plain - 1):+.1f} % |",
