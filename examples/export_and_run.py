@@ -27,7 +27,7 @@ PROMPT, LENGTH = "The with statement", 100
 def main():
     lm = XLSTMCausalLM.from_preset("quickstart_preset")
     step = lm.step_model()
-    one = [
+    one = [  # for one text at a time
         keras.InputSpec(shape=(1, *x.shape[1:]), dtype=x.dtype, name=x.name) for x in step.inputs
     ]
     step.export("step.onnx", format="onnx", input_signature=[one], verbose=False)

@@ -141,6 +141,8 @@ def assert_equals_keras(run, model, inputs):
 @each_format
 @pytest.mark.parametrize("style", STYLES)
 def test_step_equals_keras(format, style, tmp_path):
+    if (BACKEND, style, format) == ("tensorflow", "original", "onnx"):
+        pytest.skip("tf2onnx 1.17 has no erfc, which TensorFlow's gelu is made of")
     model = language_model(style).step_model()
     inputs = random_inputs(model, 2, 1)
     shapes = [x.shape for x in inputs] if BACKEND == "torch" else None
