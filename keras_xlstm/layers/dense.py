@@ -62,10 +62,15 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
             inputs, keras.ops.transpose(self.embeddings) if tied else self.reverse_embeddings
         )
 
+    # Weights only: rounded inputs of the way back would let no gradient through to adapters.
+
+    def _int8_build(self, embeddings_shape, config=None):
+        super()._int8_build(embeddings_shape, config)
+        self.inputs_quantizer = None
+
     def _int4_build(self, embeddings_shape, config=None):
         super()._int4_build(embeddings_shape, config)
-        if config is None:  # a saved layer's, which Keras would quantize the inputs of
-            self.inputs_quantizer = None
+        self.inputs_quantizer = None
 
     def quantize(self, mode=None, type_check=True, config=None):
         subclass = type(self) is not TokenEmbedding
