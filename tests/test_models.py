@@ -81,8 +81,6 @@ class KerasHubTest(TestCase):
             expected_output_shape=(2, 5, 16),
             # It wants one compute dtype in all layers; the gates' are float32 by design.
             run_mixed_precision_check=False,
-            # Layers inside the blocks do not restore their quantization from a config yet.
-            run_quantization_check=False,
         )
 
     def test_backbone_large(self):

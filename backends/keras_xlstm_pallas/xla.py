@@ -11,6 +11,11 @@ import jax
 from keras_xlstm.ops import mlstm_chunks, slstm_loop
 
 
+def why_not(sequence, *args, **kwargs):
+    if not isinstance(sequence.shape[1], int):  # a symbol, as in an export for any length
+        return "needs a length that is known when it is traced"
+
+
 @functools.partial(jax.jit, static_argnames=("chunk_size", "eps"))
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     chunks = mlstm_chunks.Chunks.of(q, v, chunk_size, jax.lax.scan)

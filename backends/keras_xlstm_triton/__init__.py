@@ -5,15 +5,16 @@ from keras_xlstm import kernels
 
 def register_kernels():
     from keras_xlstm_triton import eager_linear, traced
+    from keras_xlstm_triton.eager_linear import why_not
     from keras_xlstm_triton.eager_mlstm import mlstm
     from keras_xlstm_triton.eager_slstm import slstm
 
-    kernels.register("torch", mlstm, priority=10)
-    kernels.register("torch", slstm, op="slstm", priority=10)
+    kernels.register("torch", mlstm, why_not, priority=10)
+    kernels.register("torch", slstm, why_not, op="slstm", priority=10)
     kernels.register(
         "onednn", eager_linear.linear, eager_linear.why_not_linear, op="linear", priority=10
     )
-    kernels.register("torch", eager_linear.soft_cap, op="soft_cap", priority=10)
-    kernels.register("torch", eager_linear.cross_entropy, op="cross_entropy", priority=10)
+    kernels.register("torch", eager_linear.soft_cap, why_not, op="soft_cap", priority=10)
+    kernels.register("torch", eager_linear.cross_entropy, why_not, op="cross_entropy", priority=10)
+    kernels.register("torch", eager_linear.normalize, why_not, op="normalize", priority=10)
     kernels.register("traced", traced.repeated, traced.why_not, op="repeated", priority=10)
-    kernels.register("torch", eager_linear.normalize, op="normalize", priority=10)

@@ -11,7 +11,15 @@ import torch
 FEWEST_PRODUCTS = 2**20  # below, the call costs more than it saves
 
 
+def why_not(*args, **kwargs):
+    # An exported graph has no use for gradients, and outside torch nothing knows of them.
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "leaves a graph to export to the plain form"
+
+
 def why_not_linear(x, weights):
+    if reason := why_not():
+        return reason
     if torch.compiler.is_compiling():
         return "leaves the choice to torch.compile"
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():

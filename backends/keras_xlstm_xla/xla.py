@@ -6,6 +6,7 @@ derivatives are TensorFlow's own, of the plain forms.
 """
 
 import functools
+import sys
 
 import tensorflow as tf
 
@@ -17,9 +18,19 @@ compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 
 def why_not(sequence, *args, **kwargs):
+    if not tf.executing_eagerly() and is_exporting():
+        return "leaves a graph to export to the plain form: only TensorFlow could run XLA's"
     # XLA could not bound the loop of the backward pass.
     if sequence.shape[1] is None:
         return "needs a length that is known when it is traced"
+
+
+def is_exporting():
+    """Whether Keras traces this for `Model.export`, which leaves no other mark than its frame."""
+    frame = sys._getframe()
+    while frame and not frame.f_globals.get("__name__", "").startswith("keras.src.export"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):

@@ -1,14 +1,14 @@
 """What all blocks share: residual branches over (B, S, D) with a state to go on from."""
 
-import keras
 from keras import ops
 from keras.src import backend
 
+from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import Dense
 from keras_xlstm.ops.checks import check_positive_int
 
 
-class Block(keras.layers.Layer):
+class Block(Composite):
     """A residual block with a state: a list of float32 tensors, see `get_initial_state`.
 
     Subclasses give `build`, `state_names`, `get_initial_state` and `mix`.

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 from keras.src import backend
 
+from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
 from keras_xlstm.layers.mlstm_block import MLSTMBlock
 from keras_xlstm.layers.slstm_block import SLSTMBlock
@@ -11,7 +12,7 @@ BLOCK_STYLES = ("original", "large")
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
-class XLSTMBlockStack(keras.layers.Layer):
+class XLSTMBlockStack(Composite):
     """A stack of xLSTM blocks and a final normalization: (B, S, D) to (B, S, D).
 
     Args:

@@ -1,12 +1,13 @@
 import keras
 
+from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import small_init, wang_init
 from keras_xlstm.ops.checks import check_positive_int
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
-class GatedFeedForward(keras.layers.Layer):
+class GatedFeedForward(Composite):
     """A gated feed-forward network without biases: `down(activation(gate(x)) * up(x))`.
 
     Maps (B, S, D) to (B, S, D).

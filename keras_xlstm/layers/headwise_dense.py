@@ -37,7 +37,7 @@ class HeadwiseDense(keras.layers.Layer):
         D = input_shape[-1]
         check_divides("num_heads", self.num_heads, "input width", D)
         DH = D // self.num_heads
-        self.dense = keras.layers.EinsumDense(
+        self.dense = BlockDiagonal(
             "bshd,hde->bshe",
             output_shape=(None, self.num_heads, DH),
             bias_axes="he" if self.use_bias else None,
@@ -61,3 +61,7 @@ class HeadwiseDense(keras.layers.Layer):
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+class BlockDiagonal(keras.layers.EinsumDense):
+    """Stays as it is when a model is quantized: its scales would be as large as small blocks."""

@@ -3,7 +3,8 @@ from keras import ops as kops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_xlstm import ops
-from keras_xlstm.layers.dense import Dense
+from keras_xlstm.layers.composite import Composite
+from keras_xlstm.layers.dense import Dense, GateProjection
 from keras_xlstm.layers.initializers import Linspace
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.recurrent import Recurrent, flat_state, like_state
@@ -11,7 +12,7 @@ from keras_xlstm.ops.checks import check_divides, check_positive_int
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
-class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
+class MLSTMCell(Composite, DropoutRNNCell):
     """One step of the `MLSTM` layer, for `keras.layers.RNN` and for stacks of cells.
 
     Arguments, weights and numbers are those of `MLSTM`.
@@ -87,8 +88,8 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
     def build(self, input_shape):
         NH = self.num_heads
 
-        def project(width, name, kernel_initializer, **kwargs):
-            layer = Dense(
+        def project(width, name, kernel_initializer, cls=Dense, **kwargs):
+            layer = cls(
                 width,
                 name=name,
                 # Unseeded, one initializer would give every projection the same numbers.
@@ -110,6 +111,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
         self.value = project(NH * self.value_dim, "value", **matrix)
         self.output_gate = project(NH * self.value_dim, "output_gate", **matrix)
         gate = dict(
+            cls=GateProjection,
             kernel_initializer="zeros",
             bias_regularizer=self.bias_regularizer,
             bias_constraint=self.bias_constraint,

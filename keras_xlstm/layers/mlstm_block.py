@@ -4,7 +4,7 @@ from keras import ops as kops
 from keras_xlstm import ops
 from keras_xlstm.layers.block import Block, check_conv_kernel_size, round_up
 from keras_xlstm.layers.causal_conv1d import CausalConv1D
-from keras_xlstm.layers.dense import Dense
+from keras_xlstm.layers.dense import GateProjection
 from keras_xlstm.layers.headwise_dense import HeadwiseDense
 from keras_xlstm.layers.initializers import Linspace, small_init, wang_init
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
@@ -91,7 +91,9 @@ class MLSTMBlock(Block):
             layer.build((None, None, inner))
         biases = keras.initializers.RandomNormal(stddev=0.1), Linspace(3.0, 6.0)
         self.input_gate, self.forget_gate = (
-            Dense(NH, kernel_initializer="zeros", bias_initializer=bias, dtype="float32", name=name)
+            GateProjection(
+                NH, kernel_initializer="zeros", bias_initializer=bias, dtype="float32", name=name
+            )
             for name, bias in zip(("input_gate", "forget_gate"), biases, strict=True)
         )
         for layer in (self.input_gate, self.forget_gate):

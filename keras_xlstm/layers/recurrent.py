@@ -14,6 +14,7 @@ import keras
 from keras import ops
 from keras.src import backend
 
+from keras_xlstm.layers.composite import Composite
 from keras_xlstm.ops.masks import steps_that_happen, take_steps
 
 STATE_DTYPE = "float32"
@@ -42,7 +43,7 @@ def like_state(state, like):
     ]
 
 
-class Recurrent(keras.layers.RNN):
+class Recurrent(Composite, keras.layers.RNN):
     """A whole-sequence layer around a cell that has `sequence`. Not for use by itself."""
 
     def __init__(self, cell, **kwargs):

@@ -3,6 +3,7 @@ from keras import ops as kops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_xlstm import ops
+from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import PowerlawForgetBias
 from keras_xlstm.layers.recurrent import Recurrent, flat_state, like_state
@@ -97,7 +98,7 @@ class SLSTMRecurrence(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
-class SLSTMCell(keras.layers.Layer, DropoutRNNCell):
+class SLSTMCell(Composite, DropoutRNNCell):
     """One step of the `SLSTM` layer, for `keras.layers.RNN` and for stacks of cells.
 
     Arguments, weights and numbers are those of `SLSTM`.

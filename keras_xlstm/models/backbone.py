@@ -3,12 +3,13 @@ from keras import ops
 from keras_hub.models import Backbone
 
 from keras_xlstm.layers import XLSTMBlockStack
+from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import TokenEmbedding
 from keras_xlstm.ops.checks import check_positive_int
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
-class XLSTMBackbone(Backbone):
+class XLSTMBackbone(Composite, Backbone):
     """The xLSTM from token ids to hidden states: an embedding and a stack of blocks.
 
     Inputs are `{"token_ids", "padding_mask"}`, both (B, S). A padded position changes nothing

@@ -1,8 +1,10 @@
 import keras
-from keras import ops
+from keras import ops, tree
+from keras.src.quantizers.utils import should_quantize_layer
 from keras_hub.models import CausalLM
 from keras_hub.samplers import SpeculativeSampler
 
+from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.layers.soft_cap import SoftCap
 from keras_xlstm.models.backbone import XLSTMBackbone
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
@@ -56,6 +58,29 @@ class XLSTMCausalLM(CausalLM):
     def get_config(self):
         return super().get_config() | {"logit_soft_cap": self.logit_soft_cap}
 
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the dense layers and, in the modes that Keras has for it, the embedding.
+
+        Gates, states, norms and headwise projections stay as they are. Arguments as for
+        `keras.Model.quantize`.
+        """
+        mode = mode or getattr(config, "mode", None)
+        kinds = (Dense, TokenEmbedding) if mode in ("int8", "int4") else (Dense,)
+
+        def is_wanted(layer):
+            return type(layer) in kinds and should_quantize_layer(layer, filters)
+
+        super().quantize(mode, config=config, filters=is_wanted, **kwargs)
+
+    def get_quantization_layer_structure(self, mode=None):
+        """Where GPTQ and AWQ find the blocks that they quantize one after the other."""
+        if mode not in ("gptq", "awq"):
+            return None
+        return {
+            "pre_block_layers": [self.backbone.token_embedding],
+            "sequential_blocks": self.backbone.stack.blocks,
+        }
+
     def call_with_cache(self, token_ids, cache, padding_mask=None):
         """Goes on from a state: by any number of tokens, and as often as one likes.
 
@@ -70,6 +95,42 @@ class XLSTMCausalLM(CausalLM):
         """
         hidden_states, cache = self._advance(token_ids, cache, padding_mask)
         return self._logits(hidden_states), hidden_states, cache
+
+    def step_model(self, sequence_length=1):
+        """A model with the state as an input and an output, for `export`.
+
+        It lets another program, without Keras, read a prompt and continue it token by token.
+
+        Args:
+            sequence_length: int, S, tokens that it takes at a time; `None` for any number, where
+                the export format allows that.
+
+        Returns:
+            A `keras.Model` from `[token_ids, *states]` to `[logits, *states]`: token ids (B, S)
+            and logits (B, S, vocabulary_size) that share this model's weights. States are
+            float32, named in `model.input_names`, and zero before the first token.
+
+        Example:
+
+        ```python
+        step = lm.step_model()
+        step.export("step.onnx", format="onnx")
+        ```
+        """
+        stack = self.backbone.stack
+        token_ids = keras.Input((sequence_length,), dtype="int32", name="token_ids")
+        cache = [
+            [
+                keras.Input(x.shape[1:], dtype="float32", name=f"{block.name}_{name}")
+                for name, x in zip(block.state_names, block.get_initial_state(1), strict=True)
+            ]
+            for block in stack.blocks
+        ]
+        inputs = [token_ids, *tree.flatten(cache)]
+        step = Step(self.call_with_cache, [self.backbone, self.soft_cap], cache)
+        model = keras.Model(inputs, step(inputs), name=f"{self.name}_step")
+        model(inputs)  # Keras exports what was called once
+        return model
 
     def score(
         self,
@@ -226,3 +287,18 @@ class XLSTMCausalLM(CausalLM):
                 f"`stop_token_ids` must be ids in the vocabulary, 0 to {size - 1}. "
                 f"Received: {unknown}."
             )
+
+
+class Step(keras.layers.Layer):
+    """`call_with_cache` from one flat list to another. `layers` are those whose weights it uses."""
+
+    def __init__(self, call_with_cache, layers, cache):
+        super().__init__(autocast=False)
+        self.call_with_cache, self.layers = call_with_cache, layers
+        self.structure = tree.map_structure(lambda x: None, cache)
+
+    def call(self, inputs):
+        token_ids, *states = inputs
+        cache = tree.pack_sequence_as(self.structure, states)
+        logits, _, cache = self.call_with_cache(token_ids, cache)
+        return [logits, *tree.flatten(cache)]

@@ -86,7 +86,7 @@ def causal_conv1d(
         return y
 
     if mask is None:
-        state = ops.take(window, S + ops.arange(K - 1), axis=1)
+        state = ops.reshape(window[:, S:], (ops.shape(x)[0], K - 1, x.shape[-1]))
     else:
         count = ops.sum(ops.cast(mask, "int32"), axis=1, keepdims=True)
         last = count + ops.arange(K - 1)  # (B, K - 1): where the state stands in the window

@@ -274,7 +274,7 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     L = chunk_size or CHUNK_SIZE
     if isinstance(S, int):
         L = min(L, S)
-    num_chunks = -(-S // L)
+    num_chunks = (S + L - 1) // L  # ONNX would round -S / L the other way
 
     def chunks(x, fill=0.0):
         """(B, S, NH, ...) -> (chunks, B, NH, L, ...), a last partial chunk filled up."""
@@ -303,8 +303,9 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     # What each chunk adds to the state, at a stabilizer of its own.
     m_added = m_inner[..., -1]
     weight = ops.exp(D[..., -1, :] - m_added[..., None])  # (chunks, B, NH, L)
-    C_added = ops.einsum("cbhl,cbhlk,cbhlv->cbhkv", weight, k, v)
-    n_added = ops.einsum("cbhl,cbhlk->cbhk", weight, k)
+    weighted = weight[..., None] * k
+    C_added = matmul(ops.swapaxes(weighted, -1, -2), v)
+    n_added = ops.sum(weighted, axis=-2)
 
     def next_chunk(carry, added):
         C, n, m = carry
@@ -319,10 +320,10 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     # The outputs: from the same chunk, and from the state at its start.
     m_t = ops.maximum(b + m[..., None], m_inner)  # (chunks, B, NH, L)
     q = q * scale
-    inner = ops.matmul(q, ops.swapaxes(k, -1, -2)) * ops.exp(D - m_t[..., None])
+    inner = matmul(q, ops.swapaxes(k, -1, -2)) * ops.exp(D - m_t[..., None])
     outer = ops.exp(b + m[..., None] - m_t)
-    num = ops.matmul(inner, v) + outer[..., None] * ops.matmul(q, C)
-    nq = ops.sum(inner, -1) + outer * ops.squeeze(ops.matmul(q, n[..., None]), -1)
+    num = matmul(inner, v) + outer[..., None] * matmul(q, C)
+    nq = ops.sum(inner, -1) + outer * ops.sum(q * n[..., None, :], -1)
     h = num / denominator(nq, m_t, eps)[..., None]
     h = ops.reshape(ops.transpose(h, (1, 0, 3, 2, 4)), (B, num_chunks * L, NH, DHHV))
     return h[:, :S], state
@@ -330,6 +331,12 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 def _in_chunks(*args, chunk_size, **kwargs):
     return f"in chunks of {chunk_size or CHUNK_SIZE} steps"
+
+
+def matmul(x, y):
+    """`ops.matmul` with one leading axis inside: LiteRT has no products of more than four axes."""
+    flat = ops.matmul(*(ops.reshape(a, (-1, *a.shape[-2:])) for a in (x, y)))
+    return ops.reshape(flat, (*ops.shape(x)[:-2], x.shape[-2], y.shape[-1]))
 
 
 def segment_sums(x):

@@ -24,6 +24,9 @@ def scan(body, state, inputs):
         return outputs, list(state)
 
     S = inputs[0].shape[0]
+    if S == 1:  # no loop: decoding is this, and not every export format has loops
+        state, outputs = body(tuple(state), tuple(x[0] for x in inputs))
+        return tuple(state), tree.map_structure(lambda x: x[None], outputs)
     if S is not None:
         _, outputs, state = backend.rnn(
             step, tuple(inputs), list(state), time_major=True, input_length=S

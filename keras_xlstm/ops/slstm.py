@@ -173,7 +173,7 @@ def step(gates, recurrent_kernel, bias, state, recurrent_scale=None):
     if recurrent_scale is not None:
         h = h * recurrent_scale
     raw = gates + ops.einsum("bhd,hdge->bghe", h, recurrent_kernel) + bias
-    i, f, z, o = (raw[:, gate] for gate in range(4))
+    i, f, z, o = ops.unstack(raw, 4, axis=1)
     log_f = ops.log_sigmoid(f)
     m_new = ops.where(n == 0, i, ops.maximum(i, log_f + m))
     # Where n == 0 the exponent has no bound, and what it scales is 0.
