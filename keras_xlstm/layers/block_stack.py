@@ -22,8 +22,10 @@ class XLSTMBlockStack(keras.layers.Layer):
             LayerNorm, or `"large"` for `XLSTMLargeBlock` of the 7B model and a final RMSNorm.
         norm_epsilon: float, of all normalizations.
         conv_kernel_size: int, of original blocks, 0 for no convolution.
-        qk_dim_factor, v_dim_factor, ffn_dim_factor, ffn_round_up_to, gate_soft_cap: as in
-            `XLSTMLargeBlock`; of large blocks.
+        mlstm_block, slstm_block: dicts of further arguments of the original blocks, such as
+            `{"proj_factor": 1.5}` or another `num_heads`, which go before those above.
+        qk_dim_factor, v_dim_factor, ffn_dim_factor, ffn_round_up_to, gate_soft_cap,
+            denominator_epsilon: as in `XLSTMLargeBlock`; of large blocks.
         chunk_size, kernel: as for `keras_xlstm.ops.mlstm`; of blocks with an mLSTM.
 
     Call arguments:
@@ -55,11 +57,14 @@ class XLSTMBlockStack(keras.layers.Layer):
         block_style="original",
         norm_epsilon=1e-6,
         conv_kernel_size=4,
+        mlstm_block=None,
+        slstm_block=None,
         qk_dim_factor=0.5,
         v_dim_factor=1.0,
         ffn_dim_factor=2.667,
         ffn_round_up_to=64,
         gate_soft_cap=15.0,
+        denominator_epsilon=1e-6,
         chunk_size=None,
         kernel="auto",
         **kwargs,
@@ -79,9 +84,11 @@ class XLSTMBlockStack(keras.layers.Layer):
         self.num_blocks, self.num_heads, self.slstm_at = num_blocks, num_heads, slstm_at
         self.block_style, self.norm_epsilon = block_style, norm_epsilon
         self.conv_kernel_size = conv_kernel_size
+        self.mlstm_block, self.slstm_block = dict(mlstm_block or {}), dict(slstm_block or {})
         self.qk_dim_factor, self.v_dim_factor = qk_dim_factor, v_dim_factor
         self.ffn_dim_factor, self.ffn_round_up_to = ffn_dim_factor, ffn_round_up_to
-        self.gate_soft_cap, self.chunk_size, self.kernel = gate_soft_cap, chunk_size, kernel
+        self.gate_soft_cap, self.denominator_epsilon = gate_soft_cap, denominator_epsilon
+        self.chunk_size, self.kernel = chunk_size, kernel
         self.supports_masking = True
         self.blocks = [self._block(index) for index in range(num_blocks)]
         norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm")
@@ -111,12 +118,14 @@ class XLSTMBlockStack(keras.layers.Layer):
                 ffn_dim_factor=self.ffn_dim_factor,
                 ffn_round_up_to=self.ffn_round_up_to,
                 gate_soft_cap=self.gate_soft_cap,
+                denominator_epsilon=self.denominator_epsilon,
                 **mlstm,
                 **common,
             )
+        common["conv_kernel_size"] = self.conv_kernel_size
         if slstm:
-            return SLSTMBlock(conv_kernel_size=self.conv_kernel_size, **common)
-        return MLSTMBlock(conv_kernel_size=self.conv_kernel_size, **mlstm, **common)
+            return SLSTMBlock(**common | self.slstm_block)
+        return MLSTMBlock(**common | mlstm | self.mlstm_block)
 
     def build(self, input_shape):
         for layer in (*self.blocks, self.norm):
@@ -158,11 +167,14 @@ class XLSTMBlockStack(keras.layers.Layer):
             "block_style": self.block_style,
             "norm_epsilon": self.norm_epsilon,
             "conv_kernel_size": self.conv_kernel_size,
+            "mlstm_block": self.mlstm_block,
+            "slstm_block": self.slstm_block,
             "qk_dim_factor": self.qk_dim_factor,
             "v_dim_factor": self.v_dim_factor,
             "ffn_dim_factor": self.ffn_dim_factor,
             "ffn_round_up_to": self.ffn_round_up_to,
             "gate_soft_cap": self.gate_soft_cap,
+            "denominator_epsilon": self.denominator_epsilon,
             "chunk_size": self.chunk_size,
             "kernel": self.kernel,
         }

@@ -41,6 +41,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
         input_gate_bias=-10.0,
         forget_gate_bias=(3.0, 6.0),
         norm_epsilon=1e-6,
+        denominator_epsilon=1e-6,
         kernel_initializer=None,
         output_initializer="glorot_uniform",
         kernel_regularizer=None,
@@ -66,6 +67,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
         self.units, self.num_heads = units, num_heads
         self.key_dim, self.value_dim = key_dim, value_dim
         self.gate_soft_cap, self.norm_epsilon = gate_soft_cap, norm_epsilon
+        self.denominator_epsilon = denominator_epsilon
         self.input_gate_bias, self.forget_gate_bias = input_gate_bias, tuple(forget_gate_bias)
         # Small-init is this one: the variance 2 / (5 fan_in).
         self.kernel_initializer = keras.initializers.get(
@@ -146,6 +148,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
             reset=reset,
             return_state=True,
             chunk_size=self.chunk_size,
+            eps=self.denominator_epsilon,
             kernel=self.kernel,
         )
         return self._read_out(h, x), flat_state(state, self.state_size)
@@ -156,7 +159,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
         if training and self.dropout > 0:
             x = x * self.get_dropout_mask(x)
         state = self._shaped(flat_state(states, self.state_size))
-        h, state = ops.mlstm_step(*self._project(x), state)
+        h, state = ops.mlstm_step(*self._project(x), state, eps=self.denominator_epsilon)
         return self._read_out(h, x), like_state(state, states)
 
     def _shaped(self, state):
@@ -192,6 +195,7 @@ class MLSTMCell(keras.layers.Layer, DropoutRNNCell):
             "input_gate_bias": self.input_gate_bias,
             "forget_gate_bias": self.forget_gate_bias,
             "norm_epsilon": self.norm_epsilon,
+            "denominator_epsilon": self.denominator_epsilon,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "output_initializer": keras.initializers.serialize(self.output_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
@@ -229,6 +233,7 @@ class MLSTM(Recurrent):
         forget_gate_bias: two floats, the range over the heads in which the forget gates' bias
             starts.
         norm_epsilon: float, of the normalization of each head.
+        denominator_epsilon: float, `eps` of `keras_xlstm.ops.mlstm`.
         kernel_initializer: initializer of the projections of the input. `None` for small-init,
             the variance 2 / (5 D).
         output_initializer: initializer of the output projection.
@@ -277,6 +282,7 @@ class MLSTM(Recurrent):
         input_gate_bias=-10.0,
         forget_gate_bias=(3.0, 6.0),
         norm_epsilon=1e-6,
+        denominator_epsilon=1e-6,
         kernel_initializer=None,
         output_initializer="glorot_uniform",
         kernel_regularizer=None,
@@ -302,6 +308,7 @@ class MLSTM(Recurrent):
             input_gate_bias=input_gate_bias,
             forget_gate_bias=forget_gate_bias,
             norm_epsilon=norm_epsilon,
+            denominator_epsilon=denominator_epsilon,
             kernel_initializer=kernel_initializer,
             output_initializer=output_initializer,
             kernel_regularizer=kernel_regularizer,
