@@ -2,6 +2,7 @@
 write it: the weights have one table, but for the name of the embedding, the configurations differ.
 """
 
+import contextlib
 import math
 import numbers
 
@@ -80,10 +81,8 @@ def number(config, name, default, file, required=True):
     if value is None and not required:
         return None
     if isinstance(value, str):  # YAML reads 1e-6, without a point, as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     whole = isinstance(default, int)
     good = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not good or not math.isfinite(value) or value <= 0 or (whole and value != int(value)):

@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from keras_xlstm.converters import large, safetensors
-from keras_xlstm.converters.weights import load, shards
+from keras_xlstm.converters.weights import equal, load, shards
 
 CONFIG_FILE = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,16 +29,9 @@ def backbone_config(config, tensors=None):
     """
     tied = bool(config.get("tie_word_embeddings", False))
     if tied and tensors and HEAD in tensors and EMBEDDING in tensors:
-        tied = _equal(tensors[HEAD], tensors[EMBEDDING])
+        tied = equal(tensors[HEAD], tensors[EMBEDDING])
     ours = large.backbone_config(config, large.TRANSFORMERS, CONFIG_FILE)
     return ours | {"tie_embeddings": tied}
-
-
-def _equal(a, b, rows=1024):
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    a, b = a.view(), b.view()
-    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
 
 
 def open_tensors(get_file):

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import keras
+import ml_dtypes
 import numpy as np
 
 LONG_LOAD = 2**30  # bytes, from where on a progress bar shows
@@ -132,3 +133,21 @@ def shards(weights, dtype, max_bytes):
         lists[-1].append(weight)
         size += nbytes
     return lists
+
+
+def equal(a, b, rows=1024):
+    """Whether two tensors of a checkpoint are equal; reads them a few rows at a time."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    a, b = a.view(), b.view()
+    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
+
+
+def as_array(x):
+    """A tensor of any framework, also torch's bfloat16, which NumPy does not know."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        if str(x.dtype) == "torch.bfloat16":
+            return x.float().numpy().astype(ml_dtypes.bfloat16)
+        return x.numpy()
+    return keras.ops.convert_to_numpy(x)
