@@ -3,7 +3,6 @@
 
 What differs from ours:
 
-- The weights of norms are kept as `w` where ours are `1 + w`.
 - The projections of the sLSTM's input and forget gates carry each other's names, for ever, so
   that old checkpoints stay valid. The biases and recurrent kernels have the right order.
 - The sLSTM's recurrent kernel and bias are laid out for one of two implementations. The shape of
@@ -22,10 +21,6 @@ EMBEDDING, HEAD, STACK = "token_embedding.weight", "lm_head.weight", "xlstm_bloc
 RECURRENT_KERNEL = "_recurrent_kernel_"
 NORM_EPSILON = 1e-5  # fixed in the package
 
-OFFSET = Layout(
-    lambda x: (x - 1).reshape(-1).astype(x.dtype),
-    lambda x, shape: (x.astype("float32") + 1).reshape(shape),
-)
 HEADWISE = Layout(lambda x: x.swapaxes(1, 2), lambda x, shape: x.swapaxes(1, 2))
 CONV = Layout(lambda x: x.T[:, None], lambda x, shape: x[:, 0].T)
 
@@ -182,10 +177,10 @@ def table(stack, layout, prefix="", embedding=None, tied=False):
         weights.append(Weight(HEAD, (embedding, *part)))
     for i, block in enumerate(stack.blocks):
         name = f"{prefix}blocks.{i}."
-        weights.append(Weight(f"{name}xlstm_norm.weight", (block.norm, "gamma", OFFSET)))
+        weights.append(Weight(f"{name}xlstm_norm.weight", (block.norm, "gamma", SAME)))
         is_slstm = i in stack.slstm_at
         weights += _slstm(block, name, layout) if is_slstm else _mlstm(block, f"{name}xlstm.")
-    norm = Weight(f"{prefix}post_blocks_norm.weight", (stack.norm, "gamma", OFFSET))
+    norm = Weight(f"{prefix}post_blocks_norm.weight", (stack.norm, "gamma", SAME))
     return [*weights, norm]
 
 
@@ -198,7 +193,7 @@ def _mlstm(block, prefix):
     for name, gate in (("igate", block.input_gate), ("fgate", block.forget_gate)):
         yield Weight(f"{prefix}mlstm_cell.{name}.weight", (gate, "kernel", TRANSPOSED))
         yield Weight(f"{prefix}mlstm_cell.{name}.bias", (gate, "bias", SAME))
-    yield Weight(f"{prefix}mlstm_cell.outnorm.weight", (block.head_norm, "scale", OFFSET))
+    yield Weight(f"{prefix}mlstm_cell.outnorm.weight", (block.head_norm, "scale", FLAT))
     yield Weight(f"{prefix}proj_down.weight", (block.down, "kernel", TRANSPOSED))
 
 
@@ -215,8 +210,8 @@ def _slstm(block, prefix, layout):
     cell = f"{prefix}xlstm.slstm_cell."
     yield Weight(f"{cell}{RECURRENT_KERNEL}", (block.recurrence, "recurrent_kernel", kernel))
     yield Weight(f"{cell}_bias_", (block.recurrence, "bias", bias))
-    yield Weight(f"{prefix}xlstm.group_norm.weight", (block.head_norm, "scale", OFFSET))
-    yield Weight(f"{prefix}ffn_norm.weight", (block.ffn_norm, "gamma", OFFSET))
+    yield Weight(f"{prefix}xlstm.group_norm.weight", (block.head_norm, "scale", FLAT))
+    yield Weight(f"{prefix}ffn_norm.weight", (block.ffn_norm, "gamma", SAME))
     parts = ((layer, "kernel", TRANSPOSED) for layer in (block.ffn.gate, block.ffn.up))
     yield Weight(f"{prefix}ffn.proj_up.weight", *parts)
     yield Weight(f"{prefix}ffn.proj_down.weight", (block.ffn.down, "kernel", TRANSPOSED))

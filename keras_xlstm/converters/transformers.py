@@ -56,14 +56,16 @@ def open_tensors(get_file):
             files = dict(json.load(f)["weight_map"])
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{INDEX} must hold a `weight_map` from key to file ({e!r}).") from e
-    tensors = {}
-    for file in sorted(set(files.values())):
+    tensors, paths = {}, {}
+    for file in dict.fromkeys(files.values()):
         if not isinstance(file, str) or os.path.basename(file) != file:
             raise ValueError(f"{INDEX} must name files of its own folder. Received: {file!r}.")
         try:
-            found = safetensors.read_header(get_file(file))
+            paths[file] = get_file(file)
         except FileNotFoundError as e:
             raise ValueError(f"{INDEX} names {file}, which is missing.") from e
+    for file, path in paths.items():
+        found = safetensors.read_header(path)
         promised = {key for key, place in files.items() if place == file}
         for key in sorted(promised ^ set(found)):
             has, names = ("lacks", "has") if key in promised else ("has", "lacks")
@@ -76,14 +78,13 @@ def open_tensors(get_file):
 
 
 def load_backbone(backbone, config, tensors, head=True):
-    """Fills an `XLSTMBackbone`. Without `head=True` a checkpoint may lack the head's matrix."""
+    """Fills an `XLSTMBackbone`. Without `head=True` it may be that of an `xLSTMModel`,
+    which has no head: ours keeps the one that it was drawn with."""
     fused = _weight_mode(config.get("weight_mode", "single")) == "fused"
-    if BARE_EMBEDDING in tensors and EMBEDDING not in tensors and not head:
-        weights = large.table(backbone, BARE_EMBEDDING, prefix="", fused=fused, head=False)
-    else:
-        has_head = not backbone.tie_embeddings or HEAD in tensors
-        weights = large.table(backbone, EMBEDDING, fused=fused, head=has_head)
-    load(weights, tensors, CONFIG_FILE)
+    bare = BARE_EMBEDDING in tensors and EMBEDDING not in tensors
+    has_head = HEAD in tensors or not (backbone.tie_embeddings or (bare and not head))
+    embedding, prefix = (BARE_EMBEDDING, "") if bare else (EMBEDDING, "backbone.")
+    load(large.table(backbone, embedding, prefix, fused, has_head), tensors, CONFIG_FILE)
 
 
 def _weight_mode(mode):

@@ -5,6 +5,7 @@ from keras.src import backend
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
 from keras_xlstm.layers.mlstm_block import MLSTMBlock
 from keras_xlstm.layers.slstm_block import SLSTMBlock
+from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
 from keras_xlstm.ops.checks import check_positive_int
 
 BLOCK_STYLES = ("original", "large")
@@ -95,7 +96,7 @@ class XLSTMBlockStack(keras.layers.Layer):
         self.norm = (
             keras.layers.RMSNormalization(**norm)
             if block_style == "large"
-            else keras.layers.LayerNormalization(center=False, **norm)
+            else ZeroCenteredLayerNorm(**norm)
         )
         self.norm.supports_masking = True
 
