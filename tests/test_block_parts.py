@@ -25,6 +25,7 @@ from keras_xlstm.layers import (
     SLSTMRecurrence,
     XLSTMBlockStack,
     XLSTMLargeBlock,
+    ZeroCenteredLayerNorm,
 )
 
 B, S, D = 2, 6, 8
@@ -40,7 +41,8 @@ def built(layer, *shape):
     [
         (CausalConv1D, dict(kernel_size=3), (B, S, D), 2),
         (HeadwiseDense, dict(num_heads=2, use_bias=True), (B, S, D), 2),
-        (MultiHeadNorm, dict(), (B, S, 2, 4), 1),
+        (MultiHeadNorm, dict(zero_centered=True), (B, S, 2, 4), 1),
+        (ZeroCenteredLayerNorm, dict(), (B, S, D), 1),
         (GatedFeedForward, dict(intermediate_dim=5, activation="gelu"), (B, S, D), 3),
         (MLSTMBlock, dict(num_heads=2, proj_round_up_to=4, chunk_size=2), (B, S, D), 14),
         (SLSTMBlock, dict(num_heads=2, ffn_round_up_to=4), (B, S, D), 14),
@@ -63,7 +65,8 @@ def test_passes_keras_own_layer_test(layer, options, shape, weights):
 OPTIONS = {
     CausalConv1D: dict(kernel_size=3, use_bias=False),
     HeadwiseDense: dict(num_heads=2, use_bias=True, kernel_initializer="he_normal"),
-    MultiHeadNorm: dict(epsilon=0.5),
+    MultiHeadNorm: dict(epsilon=0.5, zero_centered=True),
+    ZeroCenteredLayerNorm: dict(epsilon=0.5),
     GatedFeedForward: dict(intermediate_dim=5, activation="relu", num_blocks=3),
     Linspace: dict(start=1.0, stop=2.0),
     PowerlawForgetBias: dict(exponent=0.7),
@@ -80,12 +83,13 @@ OPTIONS[MLSTMBlock] = BLOCK | dict(
 )
 LARGE = dict(
     qk_dim_factor=1.0, v_dim_factor=2.0, ffn_dim_factor=2.0, ffn_round_up_to=2, gate_soft_cap=None,
-    chunk_size=7,
+    denominator_epsilon=0.1, chunk_size=7,
 )  # fmt: skip
 OPTIONS[XLSTMLargeBlock] = BLOCK | LARGE | dict(slstm=True)
 OPTIONS[XLSTMBlockStack] = LARGE | dict(
     num_blocks=3, num_heads=2, slstm_at=[1], block_style="large", norm_epsilon=0.1,
-    conv_kernel_size=3, kernel="some",
+    conv_kernel_size=3, kernel="some", mlstm_block={"qkv_block_size": 2},
+    slstm_block={"conv_kernel_size": 0},
 )  # fmt: skip
 
 
@@ -214,6 +218,8 @@ def test_the_large_block_starts_as_in_the_paper():
     for norm in (block.norm, block.ffn_norm, cell.norm):
         assert np.all(numpy(norm.weights[0]) == 1) and len(norm.weights) == 1
     assert block.ffn.intermediate_dim == 192  # 2.667 x 64 = 170.7, up to a multiple of 64
+    narrow = built(XLSTMLargeBlock(num_heads=4), None, None, 24)
+    assert narrow.ffn.intermediate_dim == 64  # 2.667 x 24 = 64.008, down to 64 first
     assert (cell.key_dim, cell.value_dim) == (8, 16)
 
 
@@ -230,6 +236,7 @@ def test_the_original_blocks_start_as_in_the_paper():
     assert_close(block.forget_gate.bias, np.linspace(3, 6, 4))
     assert np.abs(numpy(block.input_gate.bias)).max() < 0.5  # deviation 0.1
     assert np.all(numpy(block.skip) == 1)
+    assert np.all(numpy(block.norm.gamma) == 0) and np.all(numpy(block.head_norm.scale) == 0)
 
     block = built(SLSTMBlock(num_heads=4, num_blocks=BLOCKS, block_index=2), None, None, WIDTH)
     assert close(deviation(block.ffn.up.kernel), small)

@@ -11,6 +11,7 @@ from keras_xlstm.layers.mlstm_block import MLSTMBlock
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.slstm import SLSTM, SLSTMCell, SLSTMRecurrence
 from keras_xlstm.layers.slstm_block import SLSTMBlock
+from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
 
 __all__ = [
     "MLSTM",
@@ -28,4 +29,5 @@ __all__ = [
     "SLSTMRecurrence",
     "XLSTMBlockStack",
     "XLSTMLargeBlock",
+    "ZeroCenteredLayerNorm",
 ]

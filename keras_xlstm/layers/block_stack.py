@@ -6,6 +6,7 @@ from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
 from keras_xlstm.layers.mlstm_block import MLSTMBlock
 from keras_xlstm.layers.slstm_block import SLSTMBlock
+from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
 from keras_xlstm.ops.checks import check_positive_int
 
 BLOCK_STYLES = ("original", "large")
@@ -23,8 +24,10 @@ class XLSTMBlockStack(Composite):
             LayerNorm, or `"large"` for `XLSTMLargeBlock` of the 7B model and a final RMSNorm.
         norm_epsilon: float, of all normalizations.
         conv_kernel_size: int, of original blocks, 0 for no convolution.
-        qk_dim_factor, v_dim_factor, ffn_dim_factor, ffn_round_up_to, gate_soft_cap: as in
-            `XLSTMLargeBlock`; of large blocks.
+        mlstm_block, slstm_block: dicts of further arguments of the original blocks, such as
+            `{"proj_factor": 1.5}` or another `num_heads`, which go before those above.
+        qk_dim_factor, v_dim_factor, ffn_dim_factor, ffn_round_up_to, gate_soft_cap,
+            denominator_epsilon: as in `XLSTMLargeBlock`; of large blocks.
         chunk_size, kernel: as for `keras_xlstm.ops.mlstm`; of blocks with an mLSTM.
 
     Call arguments:
@@ -56,11 +59,14 @@ class XLSTMBlockStack(Composite):
         block_style="original",
         norm_epsilon=1e-6,
         conv_kernel_size=4,
+        mlstm_block=None,
+        slstm_block=None,
         qk_dim_factor=0.5,
         v_dim_factor=1.0,
         ffn_dim_factor=2.667,
         ffn_round_up_to=64,
         gate_soft_cap=15.0,
+        denominator_epsilon=1e-6,
         chunk_size=None,
         kernel="auto",
         **kwargs,
@@ -80,16 +86,18 @@ class XLSTMBlockStack(Composite):
         self.num_blocks, self.num_heads, self.slstm_at = num_blocks, num_heads, slstm_at
         self.block_style, self.norm_epsilon = block_style, norm_epsilon
         self.conv_kernel_size = conv_kernel_size
+        self.mlstm_block, self.slstm_block = dict(mlstm_block or {}), dict(slstm_block or {})
         self.qk_dim_factor, self.v_dim_factor = qk_dim_factor, v_dim_factor
         self.ffn_dim_factor, self.ffn_round_up_to = ffn_dim_factor, ffn_round_up_to
-        self.gate_soft_cap, self.chunk_size, self.kernel = gate_soft_cap, chunk_size, kernel
+        self.gate_soft_cap, self.denominator_epsilon = gate_soft_cap, denominator_epsilon
+        self.chunk_size, self.kernel = chunk_size, kernel
         self.supports_masking = True
         self.blocks = [self._block(index) for index in range(num_blocks)]
         norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm")
         self.norm = (
             keras.layers.RMSNormalization(**norm)
             if block_style == "large"
-            else keras.layers.LayerNormalization(center=False, **norm)
+            else ZeroCenteredLayerNorm(**norm)
         )
         self.norm.supports_masking = True
 
@@ -112,12 +120,14 @@ class XLSTMBlockStack(Composite):
                 ffn_dim_factor=self.ffn_dim_factor,
                 ffn_round_up_to=self.ffn_round_up_to,
                 gate_soft_cap=self.gate_soft_cap,
+                denominator_epsilon=self.denominator_epsilon,
                 **mlstm,
                 **common,
             )
+        common["conv_kernel_size"] = self.conv_kernel_size
         if slstm:
-            return SLSTMBlock(conv_kernel_size=self.conv_kernel_size, **common)
-        return MLSTMBlock(conv_kernel_size=self.conv_kernel_size, **mlstm, **common)
+            return SLSTMBlock(**common | self.slstm_block)
+        return MLSTMBlock(**common | mlstm | self.mlstm_block)
 
     def build(self, input_shape):
         for layer in (*self.blocks, self.norm):
@@ -159,11 +169,14 @@ class XLSTMBlockStack(Composite):
             "block_style": self.block_style,
             "norm_epsilon": self.norm_epsilon,
             "conv_kernel_size": self.conv_kernel_size,
+            "mlstm_block": self.mlstm_block,
+            "slstm_block": self.slstm_block,
             "qk_dim_factor": self.qk_dim_factor,
             "v_dim_factor": self.v_dim_factor,
             "ffn_dim_factor": self.ffn_dim_factor,
             "ffn_round_up_to": self.ffn_round_up_to,
             "gate_soft_cap": self.gate_soft_cap,
+            "denominator_epsilon": self.denominator_epsilon,
             "chunk_size": self.chunk_size,
             "kernel": self.kernel,
         }

@@ -20,9 +20,11 @@ class XLSTMLargeBlock(Block):
         qk_dim_factor: float, the width of all queries over the block's width.
         v_dim_factor: float, the width of all values over the block's width.
         ffn_dim_factor: float, the width inside the SwiGLU over the block's width,
-        ffn_round_up_to: int, rounded up to a multiple of this.
+        ffn_round_up_to: int, rounded down to a whole number and then up to a multiple of this,
+            as in the 7B model: 2.667 x 768 = 2048.3 gives 2048.
         gate_soft_cap: float or `None`, bounds the mLSTM's gates.
         norm_epsilon: float, of all normalizations.
+        denominator_epsilon: float, `eps` of `keras_xlstm.ops.mlstm`.
         slstm: bool, whether the block holds an sLSTM.
         num_blocks: int, blocks in the model, and
         block_index: int, this block's place among them: both for the initialization.
@@ -48,6 +50,7 @@ class XLSTMLargeBlock(Block):
         ffn_round_up_to=64,
         gate_soft_cap=15.0,
         norm_epsilon=1e-6,
+        denominator_epsilon=1e-6,
         slstm=False,
         num_blocks=1,
         block_index=0,
@@ -61,6 +64,7 @@ class XLSTMLargeBlock(Block):
         self.qk_dim_factor, self.v_dim_factor = qk_dim_factor, v_dim_factor
         self.ffn_dim_factor, self.ffn_round_up_to = ffn_dim_factor, ffn_round_up_to
         self.gate_soft_cap, self.slstm = gate_soft_cap, slstm
+        self.denominator_epsilon = denominator_epsilon
         self.chunk_size, self.kernel = chunk_size, kernel
 
     def build(self, input_shape):
@@ -75,7 +79,7 @@ class XLSTMLargeBlock(Block):
             self.head_norm.build((None, None, self.num_heads, D // self.num_heads))
         self.ffn_norm = self._rms_norm("ffn_norm", input_shape)
         self.ffn = GatedFeedForward(
-            round_up(self.ffn_dim_factor * D, self.ffn_round_up_to),
+            round_up(int(self.ffn_dim_factor * D), self.ffn_round_up_to),
             num_blocks=self.num_blocks,
             dtype=self.dtype_policy,
             name="ffn",
@@ -101,6 +105,7 @@ class XLSTMLargeBlock(Block):
             value_dim=int(v_width) // NH,
             gate_soft_cap=self.gate_soft_cap,
             norm_epsilon=self.norm_epsilon,
+            denominator_epsilon=self.denominator_epsilon,
             kernel_initializer=small_init(D),
             output_initializer=wang_init(D, self.num_blocks),
             chunk_size=self.chunk_size,
@@ -156,6 +161,7 @@ class XLSTMLargeBlock(Block):
             "ffn_dim_factor": self.ffn_dim_factor,
             "ffn_round_up_to": self.ffn_round_up_to,
             "gate_soft_cap": self.gate_soft_cap,
+            "denominator_epsilon": self.denominator_epsilon,
             "slstm": self.slstm,
             "chunk_size": self.chunk_size,
             "kernel": self.kernel,

@@ -43,6 +43,7 @@ class MLSTMCell(Composite, DropoutRNNCell):
         input_gate_bias=-10.0,
         forget_gate_bias=(3.0, 6.0),
         norm_epsilon=1e-6,
+        denominator_epsilon=1e-6,
         kernel_initializer=None,
         output_initializer="glorot_uniform",
         kernel_regularizer=None,
@@ -68,6 +69,7 @@ class MLSTMCell(Composite, DropoutRNNCell):
         self.units, self.num_heads = units, num_heads
         self.key_dim, self.value_dim = key_dim, value_dim
         self.gate_soft_cap, self.norm_epsilon = gate_soft_cap, norm_epsilon
+        self.denominator_epsilon = denominator_epsilon
         self.input_gate_bias, self.forget_gate_bias = input_gate_bias, tuple(forget_gate_bias)
         # Small-init is this one: the variance 2 / (5 fan_in).
         self.kernel_initializer = keras.initializers.get(
@@ -149,6 +151,7 @@ class MLSTMCell(Composite, DropoutRNNCell):
             reset=reset,
             return_state=True,
             chunk_size=self.chunk_size,
+            eps=self.denominator_epsilon,
             kernel=self.kernel,
         )
         return self._read_out(h, x), flat_state(state, self.state_size)
@@ -159,7 +162,7 @@ class MLSTMCell(Composite, DropoutRNNCell):
         if training and self.dropout > 0:
             x = x * self.get_dropout_mask(x)
         state = self._shaped(flat_state(states, self.state_size))
-        h, state = ops.mlstm_step(*self._project(x), state)
+        h, state = ops.mlstm_step(*self._project(x), state, eps=self.denominator_epsilon)
         return self._read_out(h, x), like_state(state, states)
 
     def _shaped(self, state):
@@ -195,6 +198,7 @@ class MLSTMCell(Composite, DropoutRNNCell):
             "input_gate_bias": self.input_gate_bias,
             "forget_gate_bias": self.forget_gate_bias,
             "norm_epsilon": self.norm_epsilon,
+            "denominator_epsilon": self.denominator_epsilon,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "output_initializer": keras.initializers.serialize(self.output_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
@@ -232,6 +236,7 @@ class MLSTM(Recurrent):
         forget_gate_bias: two floats, the range over the heads in which the forget gates' bias
             starts.
         norm_epsilon: float, of the normalization of each head.
+        denominator_epsilon: float, `eps` of `keras_xlstm.ops.mlstm`.
         kernel_initializer: initializer of the projections of the input. `None` for small-init,
             the variance 2 / (5 D).
         output_initializer: initializer of the output projection.
@@ -280,6 +285,7 @@ class MLSTM(Recurrent):
         input_gate_bias=-10.0,
         forget_gate_bias=(3.0, 6.0),
         norm_epsilon=1e-6,
+        denominator_epsilon=1e-6,
         kernel_initializer=None,
         output_initializer="glorot_uniform",
         kernel_regularizer=None,
@@ -305,6 +311,7 @@ class MLSTM(Recurrent):
             input_gate_bias=input_gate_bias,
             forget_gate_bias=forget_gate_bias,
             norm_epsilon=norm_epsilon,
+            denominator_epsilon=denominator_epsilon,
             kernel_initializer=kernel_initializer,
             output_initializer=output_initializer,
             kernel_regularizer=kernel_regularizer,

@@ -8,6 +8,7 @@ from keras_xlstm.layers.dense import GateProjection
 from keras_xlstm.layers.headwise_dense import HeadwiseDense
 from keras_xlstm.layers.initializers import Linspace, small_init, wang_init
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
+from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
 from keras_xlstm.ops.checks import check_divides, check_positive_int
 
 
@@ -72,9 +73,7 @@ class MLSTMBlock(Block):
         check_divides("num_heads", NH, "inner width", inner)
         check_divides("qkv_block_size", self.qkv_block_size, "inner width", inner)
         self.head_dim = inner // NH
-        self.norm = keras.layers.LayerNormalization(
-            epsilon=self.norm_epsilon, center=False, dtype=self.dtype_policy, name="norm"
-        )
+        self.norm = ZeroCenteredLayerNorm(self.norm_epsilon, dtype=self.dtype_policy, name="norm")
         self.norm.build(input_shape)
         self.up = self._dense(2 * inner, "up", small_init(D), D)
         if self.conv_kernel_size:
@@ -98,7 +97,9 @@ class MLSTMBlock(Block):
         )
         for layer in (self.input_gate, self.forget_gate):
             layer.build((None, None, 3 * inner))
-        self.head_norm = MultiHeadNorm(self.norm_epsilon, dtype=self.dtype_policy, name="head_norm")
+        self.head_norm = MultiHeadNorm(
+            self.norm_epsilon, zero_centered=True, dtype=self.dtype_policy, name="head_norm"
+        )
         self.head_norm.build((None, None, NH, self.head_dim))
         self.skip = self.add_weight(shape=(inner,), initializer="ones", name="skip")
         self.down = self._dense(D, "down", wang_init(D, self.num_blocks), inner)

@@ -12,6 +12,7 @@ class MultiHeadNorm(keras.layers.Layer):
 
     Args:
         epsilon: float, added to the variance.
+        zero_centered: bool, whether the scale is kept as its difference from 1.
 
     Source: Beck et al. 2025, arXiv:2503.13427; the "group norm" of arXiv:2405.04517.
 
@@ -22,23 +23,28 @@ class MultiHeadNorm(keras.layers.Layer):
     ```
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon=1e-6, zero_centered=False, **kwargs):
         super().__init__(autocast=False, **kwargs)
-        self.epsilon = epsilon
+        self.epsilon, self.zero_centered = epsilon, zero_centered
         self.supports_masking = True
 
     def build(self, input_shape):
         self.scale = self.add_weight(
-            shape=tuple(input_shape[-2:]), initializer="ones", name="scale", autocast=False
+            shape=tuple(input_shape[-2:]),
+            initializer="zeros" if self.zero_centered else "ones",
+            name="scale",
+            autocast=False,
         )
 
     def call(self, x):
         x = ops.cast(x, "float32")
-        x = normalize(x, self.epsilon) * ops.cast(self.scale, "float32")
+        scale = ops.cast(self.scale, "float32")
+        x = normalize(x, self.epsilon) * (1 + scale if self.zero_centered else scale)
         return ops.cast(x, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return super().get_config() | {"epsilon": self.epsilon}
+        config = {"epsilon": self.epsilon, "zero_centered": self.zero_centered}
+        return super().get_config() | config

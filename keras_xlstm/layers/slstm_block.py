@@ -9,6 +9,7 @@ from keras_xlstm.layers.headwise_dense import HeadwiseDense
 from keras_xlstm.layers.initializers import PowerlawForgetBias
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.slstm import SLSTMRecurrence
+from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
 from keras_xlstm.ops.checks import check_divides, check_positive_int
 
 
@@ -66,9 +67,7 @@ class SLSTMBlock(Block):
         check_divides("num_heads", NH, "input width", D)
         self.head_dim = D // NH
         self.norm, self.ffn_norm = (
-            keras.layers.LayerNormalization(
-                epsilon=self.norm_epsilon, center=False, dtype=self.dtype_policy, name=name
-            )
+            ZeroCenteredLayerNorm(self.norm_epsilon, dtype=self.dtype_policy, name=name)
             for name in ("norm", "ffn_norm")
         )
         if self.conv_kernel_size:
@@ -88,7 +87,9 @@ class SLSTMBlock(Block):
             name="recurrence",
         )
         self.recurrence.build((None, None, 4, NH, self.head_dim))
-        self.head_norm = MultiHeadNorm(self.norm_epsilon, dtype=self.dtype_policy, name="head_norm")
+        self.head_norm = MultiHeadNorm(
+            self.norm_epsilon, zero_centered=True, dtype=self.dtype_policy, name="head_norm"
+        )
         self.head_norm.build((None, None, NH, self.head_dim))
         self.ffn = GatedFeedForward(
             round_up(self.ffn_dim_factor * D, self.ffn_round_up_to),

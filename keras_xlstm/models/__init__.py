@@ -8,6 +8,9 @@ if importlib.util.find_spec("keras_hub") is None:
 from keras_xlstm.models.backbone import XLSTMBackbone
 from keras_xlstm.models.causal_lm import XLSTMCausalLM
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
+from keras_xlstm.models.preset_loader import register
 from keras_xlstm.models.tokenizer import XLSTMTokenizer
+
+register()
 
 __all__ = ["XLSTMBackbone", "XLSTMCausalLM", "XLSTMCausalLMPreprocessor", "XLSTMTokenizer"]

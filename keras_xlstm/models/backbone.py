@@ -2,6 +2,7 @@ import keras
 from keras import ops
 from keras_hub.models import Backbone
 
+from keras_xlstm.converters import transformers
 from keras_xlstm.layers import XLSTMBlockStack
 from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import TokenEmbedding
@@ -23,12 +24,17 @@ class XLSTMBackbone(Composite, Backbone):
         qk_dim_factor: float, all queries together are `hidden_dim * qk_dim_factor` wide.
         v_dim_factor: float, the same for values.
         ffn_dim_factor: float, hidden width of the feed-forward layers over `hidden_dim`.
-        ffn_round_up_to: int, that width is rounded up to a multiple of it.
+        ffn_round_up_to: int, that width is rounded down to a whole number and then up to a
+            multiple of it.
         gate_soft_cap: float, soft cap of the gate pre-activations.
         norm_epsilon: float, epsilon of the norms.
+        denominator_epsilon: float, `eps` of `keras_xlstm.ops.mlstm`.
         slstm_at: list of ints, the blocks that hold an sLSTM; the others hold an mLSTM.
         block_style: `"large"`, the blocks of the 7B model, or `"original"`, those of the 2024
-            paper, in which the factors and the soft cap above have no meaning.
+            paper, in which the factors, the soft cap and the denominator's epsilon have no
+            meaning.
+        mlstm_block, slstm_block: dicts of further arguments of the original blocks, as in
+            `keras_xlstm.layers.XLSTMBlockStack`.
         tie_embeddings: bool, whether the head of a language model reuses the embedding.
         chunk_size: int, steps a chunk in the mLSTM. `None` lets the kernel choose.
         dtype: string or `keras.DTypePolicy`.
@@ -53,8 +59,11 @@ class XLSTMBackbone(Composite, Backbone):
         ffn_round_up_to=64,
         gate_soft_cap=15.0,
         norm_epsilon=1e-6,
+        denominator_epsilon=1e-6,
         slstm_at=(),
         block_style="large",
+        mlstm_block=None,
+        slstm_block=None,
         tie_embeddings=False,
         chunk_size=None,
         dtype=None,
@@ -74,6 +83,7 @@ class XLSTMBackbone(Composite, Backbone):
             ffn_dim_factor=ffn_dim_factor,
             gate_soft_cap=1.0 if gate_soft_cap is None else gate_soft_cap,
             norm_epsilon=norm_epsilon,
+            denominator_epsilon=denominator_epsilon,
         )
         if block_style == "large":
             _check_head_width("qk_dim_factor", qk_dim_factor, hidden_dim, num_heads)
@@ -98,6 +108,8 @@ class XLSTMBackbone(Composite, Backbone):
             num_heads=num_heads,
             slstm_at=slstm_at,
             block_style=block_style,
+            mlstm_block=mlstm_block,
+            slstm_block=slstm_block,
             chunk_size=chunk_size,
             qk_dim_factor=qk_dim_factor,
             v_dim_factor=v_dim_factor,
@@ -105,6 +117,7 @@ class XLSTMBackbone(Composite, Backbone):
             ffn_round_up_to=ffn_round_up_to,
             gate_soft_cap=gate_soft_cap,
             norm_epsilon=norm_epsilon,
+            denominator_epsilon=denominator_epsilon,
             dtype=dtype,
             name="stack",
         )
@@ -129,10 +142,22 @@ class XLSTMBackbone(Composite, Backbone):
         self.ffn_round_up_to = ffn_round_up_to
         self.gate_soft_cap = gate_soft_cap
         self.norm_epsilon = norm_epsilon
+        self.denominator_epsilon = denominator_epsilon
         self.slstm_at = slstm_at
         self.block_style = block_style
+        self.mlstm_block = self.stack.mlstm_block
+        self.slstm_block = self.stack.slstm_block
         self.tie_embeddings = tie_embeddings
         self.chunk_size = chunk_size
+
+    def export_to_transformers(self, path, **kwargs):
+        """Writes a folder that `transformers.AutoModelForCausalLM` opens.
+
+        Args:
+            path: str, the folder.
+            **kwargs: see `XLSTMCausalLM.export_to_transformers`.
+        """
+        transformers.save(self, path, **kwargs)
 
     def default_lora_layer_names(self):
         """The dense layers around the memories, as far as this model has them."""
@@ -154,8 +179,11 @@ class XLSTMBackbone(Composite, Backbone):
             "ffn_round_up_to": self.ffn_round_up_to,
             "gate_soft_cap": self.gate_soft_cap,
             "norm_epsilon": self.norm_epsilon,
+            "denominator_epsilon": self.denominator_epsilon,
             "slstm_at": list(self.slstm_at),
             "block_style": self.block_style,
+            "mlstm_block": dict(self.mlstm_block),
+            "slstm_block": dict(self.slstm_block),
             "tie_embeddings": self.tie_embeddings,
             "chunk_size": self.chunk_size,
         }
@@ -168,10 +196,11 @@ def _check_positive(**named):
 
 
 def _check_head_width(name, factor, hidden_dim, num_heads):
-    head_dim = hidden_dim * factor / num_heads
-    if abs(head_dim - round(head_dim)) > 1e-6:
+    width = int(hidden_dim * factor)  # a fraction is cut off, as in the 7B model
+    head_dim = width / num_heads
+    if width == 0 or width % num_heads:
         raise ValueError(
-            f"`hidden_dim * {name} / num_heads`, the width of a head, must be a whole number. "
-            f"Received: {hidden_dim} * {factor} / {num_heads} = {head_dim}. The nearest fit: "
+            f"`int(hidden_dim * {name}) / num_heads`, the width of a head, must be a whole number. "
+            f"Received: int({hidden_dim} * {factor}) / {num_heads} = {head_dim}. The nearest fit: "
             f"{name}={max(round(head_dim), 1) * num_heads / hidden_dim}."
         )

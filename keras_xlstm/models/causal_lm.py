@@ -4,6 +4,7 @@ from keras.src.quantizers.utils import should_quantize_layer
 from keras_hub.models import CausalLM
 from keras_hub.samplers import SpeculativeSampler
 
+from keras_xlstm.converters import transformers
 from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.layers.soft_cap import SoftCap
 from keras_xlstm.models.backbone import XLSTMBackbone
@@ -80,6 +81,29 @@ class XLSTMCausalLM(CausalLM):
             "pre_block_layers": [self.backbone.token_embedding],
             "sequential_blocks": self.backbone.stack.blocks,
         }
+
+    def export_to_transformers(self, path, weight_mode="single", max_shard_size=5):
+        """Writes a folder that `transformers`' AutoModelForCausalLM and AutoTokenizer open.
+
+        Adapters are merged into the matrices that they adapt. The dtype of the files is that of
+        the backbone's variables.
+
+        Args:
+            path: str, the folder.
+            weight_mode: `"single"`, or `"fused"` for one matrix where several read the same input.
+            max_shard_size: float, gigabytes a file.
+        """
+        tokenizer = getattr(self.preprocessor, "tokenizer", None)
+        transformers.save(
+            self.backbone,
+            path,
+            logit_soft_cap=self.logit_soft_cap,
+            tokenizer=tokenizer,
+            weight_mode=weight_mode,
+            max_shard_size=max_shard_size,
+        )
+        if tokenizer is not None:
+            tokenizer.export_to_transformers(path)
 
     def call_with_cache(self, token_ids, cache, padding_mask=None):
         """Goes on from a state: by any number of tokens, and as often as one likes.

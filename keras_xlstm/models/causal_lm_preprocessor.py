@@ -26,6 +26,14 @@ class XLSTMCausalLMPreprocessor(CausalLMPreprocessor):
     backbone_cls = XLSTMBackbone
     tokenizer_cls = XLSTMTokenizer
 
+    def export_to_transformers(self, path):
+        """Writes the tokenizer for `transformers.AutoTokenizer`.
+
+        Args:
+            path: str, the folder.
+        """
+        self.tokenizer.export_to_transformers(path)
+
     def _generate_preprocess_python(self, x, sequence_length=None):
         # KerasHub starts every prompt with the start token, also where no text did in training.
         if not self.built:

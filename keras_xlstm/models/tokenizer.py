@@ -2,6 +2,7 @@ import keras
 from keras_hub.tokenizers import BytePairTokenizer
 from tokenizers import pre_tokenizers
 
+from keras_xlstm.converters import tokenizer as converter
 from keras_xlstm.models.backbone import XLSTMBackbone
 
 END, PADDING = "<|endoftext|>", "<|padding|>"
@@ -40,6 +41,14 @@ class XLSTMTokenizer(BytePairTokenizer):
         """A tokenizer with one token a byte: ids 0 and 1 are special, byte `b` is `b + 2`."""
         tokens = [END, PADDING, *byte_symbols()]
         return cls({token: id for id, token in enumerate(tokens)}, NO_MERGES, **kwargs)
+
+    def export_to_transformers(self, path):
+        """Writes `tokenizer.json` and `tokenizer_config.json` for `transformers.AutoTokenizer`.
+
+        Args:
+            path: str, the folder.
+        """
+        converter.save(self, path)
 
     def set_vocabulary_and_merges(self, vocabulary, merges):
         if isinstance(merges, list) and not merges:

@@ -1,0 +1,153 @@
+"""How the tensors of a checkpoint and the variables of a model correspond, and their exchange."""
+
+import math
+from typing import NamedTuple
+
+import keras
+import ml_dtypes
+import numpy as np
+
+LONG_LOAD = 2**30  # bytes, from where on a progress bar shows
+SHOWN = 5  # problems in an error message
+
+
+class Layout(NamedTuple):
+    """Two functions of arrays: ours -> theirs, and (theirs, our shape) -> ours."""
+
+    theirs: callable
+    ours: callable
+
+
+SAME = Layout(lambda x: x, lambda x, shape: x)
+TRANSPOSED = Layout(lambda x: x.T, lambda x, shape: x.T)  # torch keeps (out, in), Keras (in, out)
+FLAT = Layout(lambda x: x.reshape(-1), lambda x, shape: x.reshape(shape))
+
+
+class Weight:
+    """A tensor of a checkpoint, and the variables that it holds, one behind the other.
+
+    Args:
+        key: str, its name in the checkpoint.
+        *parts: (layer, name of the layer's variable, `Layout`).
+    """
+
+    def __init__(self, key, *parts):
+        self.key, self.parts = key, parts
+
+    @property
+    def shapes(self):
+        """The shape of each part, as the checkpoint lays it out."""
+        # An array of stride 0 has any shape and no size.
+        return [
+            layout.theirs(np.broadcast_to(np.float32(0), getattr(layer, name).shape)).shape
+            for layer, name, layout in self.parts
+        ]
+
+    @property
+    def shape(self):
+        first, *_ = shapes = self.shapes
+        return (sum(shape[0] for shape in shapes), *first[1:])
+
+    def assign(self, x):
+        rows = np.cumsum([shape[0] for shape in self.shapes])[:-1]
+        for (layer, name, layout), part in zip(self.parts, np.split(x, rows), strict=True):
+            variable = getattr(layer, name)
+            variable.assign(layout.ours(part, tuple(variable.shape)))
+
+    def value(self, dtype):
+        parts = []
+        for layer, name, layout in self.parts:
+            x = keras.ops.convert_to_numpy(getattr(layer, name))
+            if not keras.backend.is_float_dtype(x.dtype.name):
+                raise ValueError(
+                    f"A quantized model cannot be converted: `{layer.path}/{name}` is {x.dtype}. "
+                    "Convert it first and quantize then."
+                )
+            parts.append(layout.theirs(x).astype(dtype))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def load(weights, tensors, source):
+    """Fills a model from a checkpoint, tensor by tensor, once all of them are known to fit.
+
+    Args:
+        weights: list of `Weight`s.
+        tensors: dict from key to `StoredTensor`, or what else has its attributes.
+        source: str, what decided on the shapes of the model, for errors.
+
+    Raises:
+        ValueError: before anything is assigned if keys or shapes do not fit; as soon as it is
+            found if a tensor holds NaN or infinity.
+    """
+    check(weights, tensors, source)
+    by_key = {weight.key: weight for weight in weights}
+    nbytes = sum(x.nbytes for x in tensors.values())
+    progress = keras.utils.Progbar(len(tensors), unit_name="tensor", verbose=nbytes >= LONG_LOAD)
+    for key, tensor in tensors.items():  # in the order of the files: each is read once, forwards
+        x = tensor.read()
+        if not np.isfinite(x).all():
+            raise ValueError(
+                f'{tensor.file}: "{key}" of shape {tensor.shape} holds NaN or infinity, so it '
+                "cannot come from a sound training. The model was not loaded."
+            )
+        by_key[key].assign(x)
+        progress.add(1)
+
+
+def check(weights, tensors, source):
+    """Raises `ValueError` unless each tensor has its place and each weight its tensor."""
+    wanted = {weight.key: weight.shape for weight in weights}
+    files = ", ".join(dict.fromkeys(x.file for x in tensors.values())) or "the checkpoint"
+    problems = [
+        f'{x.file}: "{key}" has the shape {x.shape}, and the model of {source} needs {wanted[key]}.'
+        for key, x in tensors.items()
+        if key in wanted and x.shape != wanted[key]
+    ]
+    problems += [
+        f'{files}: "{key}" is missing; the model of {source} needs it with the shape {shape}.'
+        for key, shape in wanted.items()
+        if key not in tensors
+    ]
+    problems += [
+        f'{x.file}: "{key}" of shape {x.shape} is not a weight of the model of {source}, which has '
+        "no place for it."
+        for key, x in tensors.items()
+        if key not in wanted
+    ]
+    if problems:
+        more = len(problems) - SHOWN
+        shown = problems[:SHOWN] + ([f"... and {more} more."] if more > 0 else [])
+        raise ValueError(
+            f"The checkpoint does not fit {source}. Nothing was loaded.\n" + "\n".join(shown)
+        )
+
+
+def shards(weights, dtype, max_bytes):
+    """Cuts a list of `Weight`s into lists of at most `max_bytes` each, or of one weight."""
+    lists, size = [[]], 0
+    for weight in weights:
+        nbytes = math.prod(weight.shape) * dtype.itemsize
+        if lists[-1] and size + nbytes > max_bytes:
+            lists.append([])
+            size = 0
+        lists[-1].append(weight)
+        size += nbytes
+    return lists
+
+
+def equal(a, b, rows=1024):
+    """Whether two tensors of a checkpoint are equal; reads them a few rows at a time."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    a, b = a.view(), b.view()
+    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
+
+
+def as_array(x):
+    """A tensor of any framework, also torch's bfloat16, which NumPy does not know."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        if str(x.dtype) == "torch.bfloat16":
+            return x.float().numpy().astype(ml_dtypes.bfloat16)
+        return x.numpy()
+    return keras.ops.convert_to_numpy(x)
