@@ -186,10 +186,10 @@ def _best_first(op):
 
 
 def _kernels_of(op, load=True):
-    if op not in _kernels:
-        raise ValueError(f"`op` must be one of {sorted(_kernels)}. Received: op={op!r}.")
     if load:
         _load_entry_points()
+    if op not in _kernels:
+        raise ValueError(f"`op` must be one of {sorted(_kernels)}. Received: op={op!r}.")
     return _kernels[op]
 
 
@@ -199,11 +199,18 @@ def _prepare_of(op):
 
 
 def _load_entry_points():
-    global _loaded  # and not functools.cache, which torch.compile looks through
+    global _loaded
     if not _loaded:
         for entry_point in metadata.entry_points(group=ENTRY_POINTS, name=keras.backend.backend()):
             entry_point.load()()
         _loaded = True
+
+
+if keras.backend.backend() == "torch":
+    import torch
+
+    # torch.compile is to run it, not to trace it.
+    _load_entry_points = torch.compiler.assume_constant_result(_load_entry_points)
 
 
 def _nothing(*args, **kwargs):

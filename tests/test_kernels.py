@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -335,3 +338,17 @@ def test_steps_that_do_not_fit():
     slstm_step(gates[:, 0], *rest, SLSTM_STATE)
     with pytest.raises(ValueError, match="`gates`"):
         slstm_step(gates[:, 0, :3], *rest, SLSTM_STATE)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch.compile")
+def test_the_first_call_of_a_process_may_be_compiled():
+    code = """
+import torch
+from keras_xlstm import kernels, ops
+
+wide, gate = torch.ones(1, 8, 2, 4), torch.ones(1, 8, 2)
+compiled = torch.compile(ops.mlstm, backend="eager", fullgraph=True)
+h = compiled(wide, wide, wide, gate, gate)
+assert torch.equal(h, ops.mlstm(wide, wide, wide, gate, gate)), h
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,7 @@
 """The mathematics, in plain `keras.ops`: read it beside the papers."""
 
+# Operations that have kernels, beside those below.
+from keras_xlstm.ops import linear, normalize, repeated  # noqa: F401
 from keras_xlstm.ops.causal_conv import causal_conv1d
 from keras_xlstm.ops.mlstm import (
     mlstm,
