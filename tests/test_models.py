@@ -184,8 +184,11 @@ def test_config_is_complete():
         ffn_round_up_to=4,
         gate_soft_cap=10.0,
         norm_epsilon=1e-5,
+        denominator_epsilon=1e-4,
         slstm_at=[0, 2],
         block_style="large",
+        mlstm_block=None,
+        slstm_block=None,
         tie_embeddings=True,
         chunk_size=8,
     )

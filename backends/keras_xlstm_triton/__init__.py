@@ -4,12 +4,11 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_triton import eager_linear, traced
+    from keras_xlstm_triton import eager_linear, eager_mlstm, traced
     from keras_xlstm_triton.eager_linear import why_not
-    from keras_xlstm_triton.eager_mlstm import mlstm
     from keras_xlstm_triton.eager_slstm import slstm
 
-    kernels.register("torch", mlstm, why_not, priority=10)
+    kernels.register("torch", eager_mlstm.mlstm, why_not, priority=10, how=eager_mlstm.how)
     kernels.register("torch", slstm, why_not, op="slstm", priority=10)
     kernels.register(
         "onednn", eager_linear.linear, eager_linear.why_not_linear, op="linear", priority=10

@@ -27,7 +27,7 @@ GROUP_SIZE = 2**17  # elements of the largest temporary of a group
 
 
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
-    L = chunk_size or chunk_size_for(q.shape[-1], v.shape[-1])
+    L = chunk_size or chunk_size_for(q, v)
     keep = torch.is_grad_enabled()
     s = s.view_as(s)  # where it is i itself: Dynamo wants inputs apart
     with torch.autocast(q.device.type, enabled=False), by_onednn():
@@ -35,8 +35,12 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     return h, (C, n, m)
 
 
-def chunk_size_for(DHQK, DHHV):
-    return 64 if DHQK * DHHV < 2**14 else 128
+def how(q, k, v, *args, chunk_size, **kwargs):
+    return f"in chunks of {chunk_size or chunk_size_for(q, v)} steps"
+
+
+def chunk_size_for(q, v):
+    return 64 if q.shape[-1] * v.shape[-1] < 2**14 else 128
 
 
 class Chunkwise(torch.autograd.Function):
