@@ -187,8 +187,8 @@ def test_config_is_complete():
         denominator_epsilon=1e-4,
         slstm_at=[0, 2],
         block_style="large",
-        mlstm_block=None,
-        slstm_block=None,
+        mlstm_block={},
+        slstm_block={},
         tie_embeddings=True,
         chunk_size=8,
     )
