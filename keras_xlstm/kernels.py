@@ -206,11 +206,15 @@ def _load_entry_points():
         _loaded = True
 
 
+# A framework that traces a function runs this, and does not trace it.
 if keras.backend.backend() == "torch":
     import torch
 
-    # torch.compile is to run it, not to trace it.
     _load_entry_points = torch.compiler.assume_constant_result(_load_entry_points)
+elif keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    _load_entry_points = tf.autograph.experimental.do_not_convert(_load_entry_points)
 
 
 def _nothing(*args, **kwargs):

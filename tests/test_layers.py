@@ -242,6 +242,7 @@ OPTIONS = {
         input_gate_bias=-1.0,
         forget_gate_bias=(1.0, 2.0),
         norm_epsilon=1e-3,
+        denominator_epsilon=1e-4,
         kernel_initializer="ones",
         output_initializer="he_normal",
         chunk_size=7,

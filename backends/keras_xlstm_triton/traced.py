@@ -16,13 +16,14 @@ import math
 import weakref
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 MOST_TOKENS = 512  # more compute for longer than layers take to call, and take long to trace
 SMALLEST_SPLIT = 2**14  # weights; below, one thread reads them faster than two
-_traces = weakref.WeakKeyDictionary()  # model -> its tensors, {function and shape: Trace}
+# model -> its tensors, {function and shape: Trace}
+_traces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def why_not(function, model):
@@ -207,7 +208,8 @@ def _copy(graph, node, copies, views):
         return views[key]
     copy = graph.node_copy(node, copies.__getitem__)
     arguments = _arguments(node)
-    if arguments and arguments[0].name == "self" and not any(x.is_out for x in arguments):
+    is_method = arguments and arguments[0].name == "self" and isinstance(copy.args[0], Node)
+    if is_method and not any(x.is_out for x in arguments):
         # A method of a tensor is called at half the cost of an operator.
         name = node.target.overloadpacket.__name__
         if hasattr(torch.Tensor, name):

@@ -1,6 +1,7 @@
 """How the tensors of a checkpoint and the variables of a model correspond, and their exchange."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -14,8 +15,8 @@ SHOWN = 5  # problems in an error message
 class Layout(NamedTuple):
     """Two functions of arrays: ours -> theirs, and (theirs, our shape) -> ours."""
 
-    theirs: callable
-    ours: callable
+    theirs: Callable
+    ours: Callable
 
 
 SAME = Layout(lambda x: x, lambda x, shape: x)
