@@ -2,12 +2,12 @@
 
 Mathematics and names are those of `keras_xlstm/ops/mlstm.py`. The stabilizers of all steps come
 first. A loop then walks the sequence in groups of chunks, reads each group where it lies, and
-writes what it computes in place: nothing but the outputs and the states at the starts of chunks is
+writes what it computes in place: nothing but the outputs and the states at the starts of groups is
 as long as the sequence. All chunks of a group are computed in batched products, the states at
 their starts too, since a state is the weighted sum of what the chunks before it added. A group
 holds as many chunks as its temporaries fit the cache: many of small heads, one of large heads. The
-backward pass keeps the inputs, h, and the states; it walks the groups from the last to the first,
-and computes all else again.
+backward pass keeps the inputs, h, and those states; it walks the groups from the last to the
+first, and computes all else again.
 
 Two things make it exact:
 
@@ -93,9 +93,8 @@ def forward(chunks, eps, q, k, v, i, log_f, s, C, n, m, keep=True):
         (C, n), h, nqs, kept = carry
         q_, k_, v_, *gates = (chunks.read(x, number) for x in (q, k, v, i, log_f, m_t, before))
         w = Weights(q_.shape[-1], *gates)
-        k_end = k_ * w.to_end[..., None]
-        Cs, C = next_states(ops.einsum("bhgjd,bhgjv->bhgdv", k_end, v_), C, w)
-        ns, n = next_states(ops.einsum("bhgj,bhgjd->bhgd", w.to_end, k_), n, w)
+        start = C, n
+        (Cs, C), (ns, n) = states(k_, v_, C, n, w)
         inner = ops.einsum("bhgtd,bhgjd->bhgtj", q_, k_) * w.inside()
         num = ops.einsum("bhgtj,bhgjv->bhgtv", inner, v_)
         num = num + w.from_start[..., None] * ops.einsum("bhgtd,bhgdv->bhgtv", q_, Cs)
@@ -105,17 +104,13 @@ def forward(chunks, eps, q, k, v, i, log_f, s, C, n, m, keep=True):
             nqs = chunks.write(nqs, number, nq)
             kept = [
                 ops.slice_update(x, (number, *[0] * (len(x.shape) - 1)), y[None])
-                for x, y in zip(kept, (Cs, ns), strict=True)
+                for x, y in zip(kept, start, strict=True)
             ]
         return (C, n), h, nqs, kept
 
     kept = []
     if keep:
-        (B, NH, DHQK, DHHV), G = ops.shape(C), chunks.G
-        kept = [
-            ops.zeros((groups, B, NH, G, DHQK, DHHV)),
-            ops.zeros((groups, B, NH, G, DHQK)),
-        ]
+        kept = [ops.zeros((groups, *ops.shape(x))) for x in (C, n)]
     start = (C, n), ops.zeros(ops.shape(v), "float32"), ops.zeros_like(i), kept
     (C, n), h, nqs, kept = ops.fori_loop(0, groups, group, start)
     h, m = h[:, :S], m_t[:, -1]
@@ -124,8 +119,8 @@ def forward(chunks, eps, q, k, v, i, log_f, s, C, n, m, keep=True):
 
 def backward(chunks, eps, inputs, kept, dh, dC, dn, dm):
     """The gradients with respect to all inputs."""
-    *sequence, C, n, m = inputs
-    h, C_end, n_end, nq, m_t, before, Cs, ns = kept
+    *sequence, C, n, _ = inputs
+    h, C_end, n_end, nq, m_t, before, C_starts, n_starts = kept
     S = h.shape[1]
     q, k, v, i, log_f, s = chunks.fill_inputs(*sequence)
     h, dh = chunks.fill(h), chunks.fill(dh)
@@ -136,8 +131,12 @@ def backward(chunks, eps, inputs, kept, dh, dC, dn, dm):
         (dC, dn), outputs = carry
         number = groups - 1 - number
         q, k, v, *gates, h, dh, nq = (chunks.read(x, number) for x in arrays)
-        Cs_, ns_ = Cs[number], ns[number]
         w = Weights(q.shape[-1], *gates)
+        C, n = C_starts[number], n_starts[number]
+        if chunks.G == 1:
+            Cs, ns = C[:, :, None], n[:, :, None]
+        else:
+            (Cs, _), (ns, _) = states(k, v, C, n, w)
         P = w.inside()
 
         # h = num / (max(|nq|, exp(-m)) + eps)
@@ -153,7 +152,7 @@ def backward(chunks, eps, inputs, kept, dh, dC, dn, dm):
         d_inside = inner * d_inner  # of logarithms, as all of these
         d_qk = d_inner * P
         d_num, d_nq = d_num * w.from_start[..., None], d_nq * w.from_start
-        dq = ops.einsum("bhgtv,bhgdv->bhgtd", d_num, Cs_) + d_nq[..., None] * ns_[..., None, :]
+        dq = ops.einsum("bhgtv,bhgdv->bhgtd", d_num, Cs) + d_nq[..., None] * ns[..., None, :]
         d_from_start = row_sums(dq * q)
         dq = dq + ops.einsum("bhgtj,bhgjd->bhgtd", d_qk, k)
         dk = ops.einsum("bhgtj,bhgtd->bhgjd", d_qk, q)
@@ -161,8 +160,8 @@ def backward(chunks, eps, inputs, kept, dh, dC, dn, dm):
         # C' = between * C + (to_end * k) v^T, and n' with 1 for v
         dCs = ops.einsum("bhgtd,bhgtv->bhgdv", q, d_num)
         dns = ops.einsum("bhgt,bhgtd->bhgd", d_nq, q)
-        dC_ends, dC, d_between = earlier_states(dCs, dC, Cs_, w)
-        dn_ends, dn, d_between_n = earlier_states(dns, dn, ns_, w)
+        dC_ends, dC, d_between = earlier_states(dCs, dC, Cs, w)
+        dn_ends, dn, d_between_n = earlier_states(dns, dn, ns, w)
         dk_end = ops.einsum("bhgjv,bhgdv->bhgjd", v, dC_ends) + dn_ends[..., None, :]
         dk_end = dk_end * w.to_end[..., None]
         d_to_end = row_sums(dk_end * k)
@@ -279,6 +278,13 @@ def through_decays(d_inside, d_from_start, d_to_end, d_between):
         + (ops.cumsum(d_to_end, -1) - d_to_end)
         + d_between[..., None]
     )
+
+
+def states(k, v, C, n, w):
+    """Of C and of n: those at the starts of the chunks, and after the last."""
+    added = ops.einsum("bhgjd,bhgjv->bhgdv", k * w.to_end[..., None], v)
+    added_n = ops.einsum("bhgj,bhgjd->bhgd", w.to_end, k)
+    return next_states(added, C, w), next_states(added_n, n, w)
 
 
 def next_states(added, state, w):
