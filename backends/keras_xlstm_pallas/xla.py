@@ -18,7 +18,7 @@ def why_not(sequence, *args, **kwargs):
 
 @functools.partial(jax.jit, static_argnames=("chunk_size", "eps"))
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
-    chunks = mlstm_chunks.Chunks.of(q, v, chunk_size, jax.lax.scan)
+    chunks = mlstm_chunks.Chunks.of(q, v, chunk_size)
     h, *state = _mlstm(chunks, eps, q, k, v, i, log_f, s, *state)
     return h, tuple(state)
 

@@ -34,7 +34,7 @@ def is_exporting():
 
 
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
-    chunks = mlstm_chunks.Chunks.of(q, v, chunk_size, scan)
+    chunks = mlstm_chunks.Chunks.of(q, v, chunk_size)
     options = chunks.L, chunks.G, eps
     h, *state = differentiable(
         lambda tensors: _mlstm(*options, tensors),
@@ -49,12 +49,12 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 @compiled
 def _mlstm(L, G, eps, tensors):
-    return mlstm_chunks.forward(mlstm_chunks.Chunks(L, G, scan), eps, *tensors)
+    return mlstm_chunks.forward(mlstm_chunks.Chunks(L, G), eps, *tensors)
 
 
 @compiled
 def _mlstm_gradient(L, G, eps, kept, tensors, d_outputs):
-    chunks = mlstm_chunks.Chunks(L, G, scan)
+    chunks = mlstm_chunks.Chunks(L, G)
     return mlstm_chunks.backward(chunks, eps, tensors, kept, *d_outputs)
 
 

@@ -1,10 +1,12 @@
 """The chunkwise mLSTM with its gradient written out, for frameworks that compile it.
 
-Mathematics and names are those of `keras_xlstm/ops/mlstm.py`. A scan walks the sequence in groups
-of chunks: all chunks of a group are computed in batched products, the states at their starts too,
-since a state is the weighted sum of what the chunks before it added. A group holds as many chunks
-as its temporaries fit the cache: many of small heads, one of large heads. The backward pass keeps
-the inputs, h, and the states at the starts of chunks; it walks the groups from the last to the
+Mathematics and names are those of `keras_xlstm/ops/mlstm.py`. The stabilizers of all steps come
+first. A loop then walks the sequence in groups of chunks, reads each group where it lies, and
+writes what it computes in place: nothing but the outputs and the states at the starts of groups is
+as long as the sequence. All chunks of a group are computed in batched products, the states at
+their starts too, since a state is the weighted sum of what the chunks before it added. A group
+holds as many chunks as its temporaries fit the cache: many of small heads, one of large heads. The
+backward pass keeps the inputs, h, and those states; it walks the groups from the last to the
 first, and computes all else again.
 
 Two things make it exact:
@@ -15,13 +17,10 @@ Two things make it exact:
   flows to the step that set the maximum.
 
 Everything is computed in float32, whatever the inputs come in.
-
-The backend brings the loop, as `jax.lax.scan` does it: `scan(body, state, inputs, reverse=False)`.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from keras import ops
 
@@ -32,85 +31,117 @@ GROUP_SIZE = 2**19  # elements of the largest temporary of a group
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a sequence is cut: G chunks of L steps in a group; the last group may be filled up."""
+    """How a sequence is cut: into groups of G chunks of L steps."""
 
     L: int
     G: int
-    scan: Any
 
     @classmethod
-    def of(cls, q, v, chunk_size, scan):
+    def of(cls, q, v, chunk_size):
         (B, S, NH, DHQK), DHHV = q.shape, v.shape[-1]
         L = chunk_size or (64 if DHQK * DHHV < 2**16 else 128)
         if not isinstance(S, int):  # a symbol
-            return cls(L, 1, scan)
-        L = min(L, S)
+            return cls(L, 1)
         chunks = -(-S // L)
+        L = min(L, S)
         rows = B if isinstance(B, int) else 1
         most = GROUP_SIZE // (rows * NH * max(L * L, L * DHHV, DHQK * DHHV))
         # The most that fit, of which a whole number makes up the sequence.
         G = next((G for G in range(min(most, chunks), 1, -1) if chunks % G == 0), 1)
-        return cls(L, G, scan)
+        return cls(L, G)
 
-    def split(self, x, fill=0.0):
-        """(B, S, NH, ...) -> (groups, B, NH, G, L, ...), float32."""
-        B, S, *rest = ops.shape(x)
-        groups = -(-S // (self.G * self.L))
-        missing = groups * self.G * self.L - S
-        x = ops.cast(x, "float32")
-        if not isinstance(missing, int) or missing:
-            pad = [[0, 0], [0, missing]] + [[0, 0]] * len(rest)
-            x = ops.pad(x, pad, constant_values=fill)
-        x = ops.reshape(x, (B, groups, self.G, self.L, *rest))
-        return ops.transpose(x, (1, 0, 4, 2, 3, *range(5, len(x.shape))))
+    def groups(self, S):
+        return -(-S // (self.G * self.L))
 
-    def join(self, x, S):
-        """The way back of `split`, cut to S steps."""
-        groups, B, NH, G, L, *rest = ops.shape(x)
-        x = ops.transpose(x, (1, 0, 3, 4, 2, *range(5, len(x.shape))))
-        return ops.reshape(x, (B, groups * G * L, NH, *rest))[:, :S]
+    def fill(self, x, value=0.0):
+        """Up to a whole number of groups."""
+        S = x.shape[1]
+        missing = self.groups(S) * self.G * self.L - S
+        if not missing:
+            return x
+        pad = [[0, 0], [0, missing]] + [[0, 0]] * (len(x.shape) - 2)
+        return ops.pad(x, pad, constant_values=value)
 
-    def split_inputs(self, q, k, v, i, log_f, s):
-        gates = self.split(i, NEVER), self.split(log_f), self.split(s, NEVER)
-        return *map(self.split, (q, k, v)), *gates
+    def fill_inputs(self, q, k, v, i, log_f, s):
+        gates = self.fill(i, NEVER), self.fill(log_f), self.fill(s, NEVER)
+        return *map(self.fill, (q, k, v)), *gates
+
+    def read(self, x, number):
+        """A group of (B, S, NH, ...), as (B, NH, G, L, ...), float32."""
+        B, _, *rest = ops.shape(x)
+        steps = self.G * self.L
+        x = ops.slice(x, (0, number * steps, *[0] * len(rest)), (B, steps, *rest))
+        x = ops.reshape(ops.cast(x, "float32"), (B, self.G, self.L, *rest))
+        return ops.transpose(x, (0, 3, 1, 2, *range(4, len(x.shape))))
+
+    def write(self, array, number, x):
+        """The way back of `read`."""
+        B, NH, G, L, *rest = ops.shape(x)
+        x = ops.transpose(x, (0, 2, 3, 1, *range(4, len(x.shape))))
+        x = ops.cast(ops.reshape(x, (B, G * L, NH, *rest)), array.dtype)
+        return ops.slice_update(array, (0, number * G * L, *[0] * (len(rest) + 1)), x)
 
 
 def forward(chunks, eps, q, k, v, i, log_f, s, C, n, m, keep=True):
     """Returns (h, C, n, m), and with `keep` what `backward` wants besides the inputs."""
+    S = q.shape[1]
+    q, k, v, i, log_f, s = chunks.fill_inputs(q, k, v, i, log_f, s)
+    m_t, before = stabilizers(log_f, s, m)
+    groups = chunks.groups(S)
 
-    def group(state, inputs):
-        C, n, start_m = state
-        q, k, v, *gates = inputs
-        w = Weights(q.shape[-1], *gates, start_m)
-        k_end = k * w.to_end[..., None]
-        Cs, C = next_states(ops.einsum("bhgjd,bhgjv->bhgdv", k_end, v), C, w)
-        ns, n = next_states(ops.sum(k_end, -2), n, w)
-        inner = ops.einsum("bhgtd,bhgjd->bhgtj", q, k) * w.inside()
-        num = ops.einsum("bhgtj,bhgjv->bhgtv", inner, v)
-        num = num + w.from_start[..., None] * ops.einsum("bhgtd,bhgdv->bhgtv", q, Cs)
-        nq = ops.sum(inner, -1) + w.from_start * ops.sum(q * ns[..., None, :], -1)
-        h = num / w.denominator(nq, eps)[..., None]
-        return (C, n, w.m[..., -1]), (h, *((nq, w.m_t, start_m, Cs, ns) if keep else ()))
+    def group(number, carry):
+        (C, n), h, nqs, kept = carry
+        q_, k_, v_, *gates = (chunks.read(x, number) for x in (q, k, v, i, log_f, m_t, before))
+        w = Weights(q_.shape[-1], *gates)
+        start = C, n
+        (Cs, C), (ns, n) = states(k_, v_, C, n, w)
+        inner = ops.einsum("bhgtd,bhgjd->bhgtj", q_, k_) * w.inside()
+        num = ops.einsum("bhgtj,bhgjv->bhgtv", inner, v_)
+        num = num + w.from_start[..., None] * ops.einsum("bhgtd,bhgdv->bhgtv", q_, Cs)
+        nq = row_sums(inner) + w.from_start * ops.einsum("bhgtd,bhgd->bhgt", q_, ns)
+        h = chunks.write(h, number, num / w.denominator(nq, eps)[..., None])
+        if keep:
+            nqs = chunks.write(nqs, number, nq)
+            kept = [
+                ops.slice_update(x, (number, *[0] * (len(x.shape) - 1)), y[None])
+                for x, y in zip(kept, start, strict=True)
+            ]
+        return (C, n), h, nqs, kept
 
-    inputs = chunks.split_inputs(q, k, v, i, log_f, s)
-    state, (h, *kept) = chunks.scan(group, (C, n, m), inputs)
-    outputs = chunks.join(h, ops.shape(q)[1]), *state
-    return outputs, (*outputs[:3], *kept) if keep else ()
+    kept = []
+    if keep:
+        kept = [ops.zeros((groups, *ops.shape(x))) for x in (C, n)]
+    start = (C, n), ops.zeros(ops.shape(v), "float32"), ops.zeros_like(i), kept
+    (C, n), h, nqs, kept = ops.fori_loop(0, groups, group, start)
+    h, m = h[:, :S], m_t[:, -1]
+    return (h, C, n, m), (h, C, n, nqs, m_t, before, *kept)
 
 
 def backward(chunks, eps, inputs, kept, dh, dC, dn, dm):
     """The gradients with respect to all inputs."""
-    q, k, v, i, log_f, s, C, n, m = inputs
-    h, C_end, n_end, nq, m_t, start_m, Cs, ns = kept
+    *sequence, C, n, _ = inputs
+    h, C_end, n_end, nq, m_t, before, C_starts, n_starts = kept
+    S = h.shape[1]
+    q, k, v, i, log_f, s = chunks.fill_inputs(*sequence)
+    h, dh = chunks.fill(h), chunks.fill(dh)
+    arrays = q, k, v, i, log_f, m_t, before, h, dh, nq
+    groups = chunks.groups(S)
 
-    def group(later, inputs):
-        q, k, v, *gates, h, dh, nq, m_t, start_m, Cs, ns = inputs
-        w = Weights(q.shape[-1], *gates, start_m, m_t)
+    def group(number, carry):
+        (dC, dn), outputs = carry
+        number = groups - 1 - number
+        q, k, v, *gates, h, dh, nq = (chunks.read(x, number) for x in arrays)
+        w = Weights(q.shape[-1], *gates)
+        C, n = C_starts[number], n_starts[number]
+        if chunks.G == 1:
+            Cs, ns = C[:, :, None], n[:, :, None]
+        else:
+            (Cs, _), (ns, _) = states(k, v, C, n, w)
         P = w.inside()
 
         # h = num / (max(|nq|, exp(-m)) + eps)
         d_num = dh / w.denominator(nq, eps)[..., None]
-        along = ops.sum(d_num * h, -1)
+        along = row_sums(d_num * h)
         d_nq = ops.where(ops.abs(nq) > w.floor(), -along * ops.sign(nq), 0.0)
         dm_t = -eps * along
 
@@ -122,60 +153,70 @@ def backward(chunks, eps, inputs, kept, dh, dC, dn, dm):
         d_qk = d_inner * P
         d_num, d_nq = d_num * w.from_start[..., None], d_nq * w.from_start
         dq = ops.einsum("bhgtv,bhgdv->bhgtd", d_num, Cs) + d_nq[..., None] * ns[..., None, :]
-        d_from_start = ops.sum(dq * q, -1)
+        d_from_start = row_sums(dq * q)
         dq = dq + ops.einsum("bhgtj,bhgjd->bhgtd", d_qk, k)
         dk = ops.einsum("bhgtj,bhgtd->bhgjd", d_qk, q)
 
         # C' = between * C + (to_end * k) v^T, and n' with 1 for v
-        dC, dn = later
         dCs = ops.einsum("bhgtd,bhgtv->bhgdv", q, d_num)
-        dns = ops.sum(q * d_nq[..., None], -2)
+        dns = ops.einsum("bhgt,bhgtd->bhgd", d_nq, q)
         dC_ends, dC, d_between = earlier_states(dCs, dC, Cs, w)
         dn_ends, dn, d_between_n = earlier_states(dns, dn, ns, w)
         dk_end = ops.einsum("bhgjv,bhgdv->bhgjd", v, dC_ends) + dn_ends[..., None, :]
         dk_end = dk_end * w.to_end[..., None]
-        d_to_end = ops.sum(dk_end * k, -1)
+        d_to_end = row_sums(dk_end * k)
         dv = dv + ops.einsum("bhgjd,bhgdv->bhgjv", k * w.to_end[..., None], dC_ends)
 
-        di = ops.sum(d_inside, -2) + d_to_end
+        di = column_sums(d_inside) + d_to_end
         dlog_f = through_decays(d_inside, d_from_start, d_to_end, d_between + d_between_n)
-        return (dC, dn), (dq, dk + dk_end, dv, di, dlog_f, dm_t)
+        new = dq, dk + dk_end, dv, di, dlog_f, dm_t
+        outputs = [chunks.write(x, number, y) for x, y in zip(outputs, new, strict=True)]
+        return (dC, dn), outputs
 
-    stacked = chunks.split_inputs(q, k, v, i, log_f, s)
-    stacked = *stacked, chunks.split(h), chunks.split(dh), nq, m_t, start_m, Cs, ns
-    (dC_start, dn_start), outputs = chunks.scan(group, (dC, dn), stacked, reverse=True)
-    S = ops.shape(q)[1]
-    dq, dk, dv, di, dlog_f, dm_t = (chunks.join(x, S) for x in outputs)
+    outputs = [ops.zeros_like(x) for x in (q, k, v, i, i, i)]
+    (dC_start, dn_start), outputs = ops.fori_loop(0, groups, group, ((dC, dn), outputs))
+    dq, dk, dv, di, dlog_f, dm_t = (x[:, :S] for x in outputs)
 
     dm = dm - ops.sum(dC * C_end, (-1, -2)) - ops.sum(dn * n_end, -1)
-    ds, more, dm = to_the_maximum(dm_t, dm, chunks.join(m_t, S), log_f, s, m)
+    log_f, s = sequence[-2:]
+    ds, more, dm = to_the_maximum(dm_t, dm, before[:, :S], log_f, s)
     dm = dm + ops.sum(dC_start * C, (-1, -2)) + ops.sum(dn_start * n, -1)
-    dq, dk, dv = (ops.cast(dx, x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, di, dlog_f + more, ds, dC_start, dn_start, dm
 
 
-class Weights:
-    """What a group's gates weigh, of gates (B, NH, G, L)."""
+def stabilizers(log_f, s, m):
+    """m_t = max(log_f_t + m_(t-1), s_t), and m_(t-1), both (B, S, NH), by doubling."""
+    first = ops.maximum(s[:, :1], log_f[:, :1] + m[:, None])
+    m_t, sums, steps = ops.concatenate([first, s[:, 1:]], 1), log_f, 1
 
-    def __init__(self, DHQK, i, log_f, s, start_m, m_t=None):
+    def earlier(x, value):
+        return ops.pad(x[:, :-steps], [[0, 0], [steps, 0], [0, 0]], constant_values=value)
+
+    while steps < s.shape[1]:
+        m_t = ops.maximum(m_t, sums + earlier(m_t, NEVER))
+        sums = sums + earlier(sums, 0.0)
+        steps *= 2
+    return m_t, ops.concatenate([m[:, None], m_t[:, :-1]], 1)
+
+
+class Weights:
+    """What a group's gates weigh, of gates and stabilizers (B, NH, G, L)."""
+
+    def __init__(self, DHQK, i, log_f, m_t, before):
         sums = prefix_sums(log_f)
         decays = differences(sums)
-        # From chunk to chunk, (B, NH, G + 1, G + 1), and the stabilizers at their ends.
-        zero = ops.zeros_like(start_m[..., None])
-        ends = [ops.concatenate([zero, ops.cumsum(x[..., -1], -1)], -1) for x in sums]
-        between = differences(ends)
-        offered = ops.max(decays + s[..., None, :], -1)
-        offers = ops.concatenate([start_m[..., None], offered[..., -1]], -1)
-        m = ops.max(between + offers[..., None, :], -1)
-        from_start = total(sums) + m[..., :-1, None]
-        self.m, self.m_t = m, ops.maximum(from_start, offered) if m_t is None else m_t
-
+        ends, m_start, self.m_t = m_t[..., -1], before[..., 0], m_t
         self.scale = 1 / math.sqrt(DHQK)
-        self.logarithms = decays + (i[..., None, :] - self.m_t[..., :, None])
-        self.from_start = self.scale * ops.exp(from_start - self.m_t)
-        self.to_end = ops.exp(decays[..., -1, :] + (i - m[..., 1:, None]))
-        self.between = ops.exp(between + (m[..., None, :] - m[..., :, None]))
-        self.over_chunk = ops.exp(total([x[..., -1] for x in sums]) + (m[..., :-1] - m[..., 1:]))
+        self.logarithms = decays + (i[..., None, :] - m_t[..., :, None])
+        self.from_start = self.scale * ops.exp(total(sums) + (m_start[..., None] - m_t))
+        self.to_end = ops.exp(decays[..., -1, :] + (i - ends[..., None]))
+        last = [x[..., -1] for x in sums]
+        self.over_chunk = ops.exp(total(last) + (m_start - ends))
+        if i.shape[2] > 1:  # From chunk to chunk, (B, NH, G + 1, G + 1).
+            m = ops.concatenate([m_start[..., :1], ends], -1)
+            zero = ops.zeros_like(m[..., :1])
+            between = [ops.concatenate([zero, ops.cumsum(x, -1)], -1) for x in last]
+            self.between = ops.exp(differences(between) + (m[..., None, :] - m[..., :, None]))
 
     def inside(self):
         return self.scale * ops.exp(self.logarithms)
@@ -215,6 +256,15 @@ def up_to(L):
     return steps[:, None] >= steps[None, :]
 
 
+def row_sums(x):
+    """Over the last axis, as products: XLA's own sums are slow on CPU."""
+    return ops.squeeze(ops.matmul(x, ops.ones((x.shape[-1], 1))), -1)
+
+
+def column_sums(x):
+    return ops.squeeze(ops.matmul(ops.ones((1, x.shape[-2])), x), -2)
+
+
 def through_decays(d_inside, d_from_start, d_to_end, d_between):
     """The gradient of log_f, from those of the logarithms of all weights.
 
@@ -223,8 +273,18 @@ def through_decays(d_inside, d_from_start, d_to_end, d_between):
     """
     from_l_on = ops.cast(up_to(d_inside.shape[-1]), "float32")  # [t, l]: t >= l
     passing = ops.matmul(d_inside, 1 - from_l_on) + d_from_start[..., None]
-    passing = ops.sum(passing * from_l_on, -2)
-    return passing + (ops.cumsum(d_to_end, -1) - d_to_end) + d_between[..., None]
+    return (
+        column_sums(passing * from_l_on)
+        + (ops.cumsum(d_to_end, -1) - d_to_end)
+        + d_between[..., None]
+    )
+
+
+def states(k, v, C, n, w):
+    """Of C and of n: those at the starts of the chunks, and after the last."""
+    added = ops.einsum("bhgjd,bhgjv->bhgdv", k * w.to_end[..., None], v)
+    added_n = ops.einsum("bhgj,bhgjd->bhgd", w.to_end, k)
+    return next_states(added, C, w), next_states(added_n, n, w)
 
 
 def next_states(added, state, w):
@@ -256,13 +316,12 @@ def expand(x, like):
     return ops.reshape(x, (*ops.shape(x), *[1] * (len(like.shape) - len(x.shape))))
 
 
-def to_the_maximum(dm_t, dm_end, m_t, log_f, s, m):
+def to_the_maximum(dm_t, dm_end, before, log_f, s):
     """Hands gradients of the stabilizers, (B, S, NH), to the step that set each maximum.
 
     m_t is s_t, or else log_f_t + m_(t-1), and so on back.
     """
     dm_t = ops.concatenate([dm_t[:, :-1], dm_t[:, -1:] + dm_end[:, None]], 1)
-    before = ops.concatenate([m[:, None], m_t[:, :-1]], 1)
     offered = s >= log_f + before
     sums, passes = dm_t, ops.logical_not(offered)
 
