@@ -1,5 +1,6 @@
 """Measuring: what takes turns with what, and for how long."""
 
+import ctypes
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,10 @@ def mlstm_inputs(B, NH, S, DHQK, DHHV):
     return [q, k, v, random(B, S, NH), random(B, S, NH) + 3], random(B, S, NH, DHHV)
 
 
-def grown_memory(warm_up, run):
-    """MB that `run` adds to the process at most. `warm_up` loads what there is to load."""
-    warm_up()
+def grown_memory(run, warm_up=None):
+    """MB that `run` adds to the process at most; it runs once before, or `warm_up` does."""
+    (warm_up or run)()
+    ctypes.CDLL(None).malloc_trim(0)  # what that run left behind
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory("VmRSS")
     run()
