@@ -75,14 +75,21 @@ class Chunkwise(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         ctx.L, ctx.eps, _, *inputs = inputs
         ctx.mark_non_differentiable(*outputs[4:])
+        ctx.set_materialize_grads(False)  # zeros for all that is kept
         ctx.save_for_backward(*inputs, *outputs)
 
     @staticmethod
-    def backward(ctx, dh, dC, dn, dm, *_):
+    def backward(ctx, *d_outputs):
+        saved = ctx.saved_tensors
+        outputs = saved[9:13]  # h, C, n, m
+        d_outputs = [
+            torch.zeros_like(x) if dx is None else dx
+            for x, dx in zip(outputs, d_outputs[:4], strict=True)
+        ]
         # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
         gradient = Gradient.forward if torch.compiler.is_compiling() else Gradient.apply
-        with torch.autocast(dh.device.type, enabled=False), by_onednn():
-            gradients = gradient(ctx.L, ctx.eps, dh, dC, dn, dm, *ctx.saved_tensors)
+        with torch.autocast(outputs[0].device.type, enabled=False), by_onednn():
+            gradients = gradient(ctx.L, ctx.eps, *d_outputs, *saved)
         return None, None, None, *gradients
 
     @staticmethod

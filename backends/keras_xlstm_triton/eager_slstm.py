@@ -65,12 +65,19 @@ class Steps(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.mark_non_differentiable(*outputs[5:])
+        ctx.set_materialize_grads(False)  # zeros for all that is kept
         ctx.save_for_backward(*inputs, *outputs[5:])
 
     @staticmethod
-    def backward(ctx, *gradients):
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            gradients = Gradient.apply(*gradients[:5], *ctx.saved_tensors)
+    def backward(ctx, *d_outputs):
+        saved = ctx.saved_tensors
+        gates, state = saved[2], saved[5:9]
+        d_outputs = [
+            torch.zeros_like(x, dtype=torch.float32) if dx is None else dx
+            for x, dx in zip((gates[:, :, 0], *state), d_outputs[:5], strict=True)
+        ]
+        with torch.autocast(gates.device.type, enabled=False):
+            gradients = Gradient.apply(*d_outputs, *saved)
         return None, None, *gradients
 
     @staticmethod

@@ -125,16 +125,21 @@ def mlstm_inputs(B, NH, S, DHQK, DHHV):
     return [q, k, v, random(B, S, NH), random(B, S, NH) + 3], random(B, S, NH, DHHV)
 
 
-def grown_memory(run, warm_up=None):
-    """MB that `run` adds to the process at most; it runs once before, or `warm_up` does."""
-    (warm_up or run)()
-    ctypes.CDLL(None).malloc_trim(0)  # what that run left behind
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+def grown_memory(warm_up, run):
+    """MB that `run` adds to the process at most, but for compiling it.
+
+    `warm_up` loads what there is to load.
+    """
+    warm_up()
     before = _memory("VmRSS")
+    run()
+    _memory("VmRSS")  # which returns what the compiler left behind
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run()
     return _memory("VmHWM") - before
 
 
 def _memory(field):
+    ctypes.CDLL(None).malloc_trim(0)
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(x for x in lines if x.startswith(field)).split()[1]) / 1024

@@ -218,8 +218,8 @@ def set_threads(count):
 
 def memory(backend, name, S):
     """MB that forward+backward of a peer at (1, 4, S, 128, 128) adds to its process."""
-    runs = peers(backend, "mlstm", (1, 4, S, 128, 128))[0][name]
-    return grown_memory(runs["forward+backward"])
+    start, whole = (peers(backend, "mlstm", (1, 4, n, 128, 128))[0][name] for n in (1024, S))
+    return grown_memory(start["forward+backward"], whole["forward+backward"])
 
 
 if __name__ == "__main__":
