@@ -94,12 +94,15 @@ def forward_and_gradient(function, inputs, d_output, backend):
 
         inputs, d_output = [jax.numpy.asarray(x) for x in inputs], jax.numpy.asarray(d_output)
         compiled = jax.jit(function)
-        gradient = jax.jit(lambda *inputs: jax.vjp(function, *inputs)[1](d_output))
+        gradient = jax.jit(lambda d_output, *inputs: jax.vjp(function, *inputs)[1](d_output))
 
-        def run(function):
-            return lambda: (jax.block_until_ready(function(*inputs)), None)[1]
+        def run(function, *args):
+            return lambda: (jax.block_until_ready(function(*args)), None)[1]
 
-        return {"forward": run(compiled), "forward+backward": run(gradient)}
+        return {
+            "forward": run(compiled, *inputs),
+            "forward+backward": run(gradient, d_output, *inputs),
+        }
     import tensorflow as tf
 
     inputs, d_output = [tf.constant(x) for x in inputs], tf.constant(d_output)
@@ -126,17 +129,18 @@ def mlstm_inputs(B, NH, S, DHQK, DHHV):
 
 
 def grown_memory(warm_up, run):
-    """MB that `run` adds to the process at most, but for compiling it.
+    """MB that the process keeps after a run, and what a later run adds to that at most.
 
+    What it keeps is the compiled program and, where a framework has one, its pool of memory.
     `warm_up` loads what there is to load.
     """
     warm_up()
     before = _memory("VmRSS")
     run()
-    _memory("VmRSS")  # which returns what the compiler left behind
+    kept = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run()
-    return _memory("VmHWM") - before
+    return kept - before, _memory("VmHWM") - kept
 
 
 def _memory(field):

@@ -217,7 +217,7 @@ def set_threads(count):
 
 
 def memory(backend, name, S):
-    """MB that forward+backward of a peer at (1, 4, S, 128, 128) adds to its process."""
+    """As `grown_memory`, of a peer's forward+backward at (1, 4, S, 128, 128)."""
     start, whole = (peers(backend, "mlstm", (1, 4, n, 128, 128))[0][name] for n in (1024, S))
     return grown_memory(start["forward+backward"], whole["forward+backward"])
 
@@ -227,4 +227,4 @@ if __name__ == "__main__":
         serve(int(sys.argv[1]))
     else:
         backend, name, S = sys.argv[1:]
-        print(memory(backend, name, int(S)))
+        print(*memory(backend, name, int(S)))
