@@ -356,6 +356,21 @@ def test_unknown_batch_size(op, mode):
 
 @on_tensorflow
 @each_op
+def test_sizes_are_known_after_a_call_of_unknown_batch_size(op):
+    """TensorFlow serves a call by what it traced for another, where that fits."""
+    tensors, _, _ = given(op)
+    for sizes in (None, B):
+        specs = [
+            tf.TensorSpec(x.shape if axis is None else [sizes, *x.shape[1:]])
+            for x, axis in zip(tensors, ROWS[op], strict=True)
+        ]
+        run = tf.function(lambda *x: outputs(op, x, flags()), autograph=False)
+        shapes = [y.shape.as_list() for y in run.get_concrete_function(*specs).outputs]
+    assert shapes == [y.shape.as_list() for y in run(*tensors)]
+
+
+@on_tensorflow
+@each_op
 def test_unknown_length_is_explained(op):
     """What the plain form then computes, `test_unknown_sizes` looks at."""
     verdicts = []

@@ -36,12 +36,12 @@ def is_exporting():
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     chunks = mlstm_chunks.Chunks.of(q, v, chunk_size)
     options = chunks.L, chunks.G, eps
-    h, *state = differentiable(
+    h, *ends = differentiable(
         lambda tensors: _mlstm(*options, tensors),
         lambda kept, tensors, d_outputs: _mlstm_gradient(*options, kept, tensors, d_outputs),
         lambda *tensors: _plain_mlstm(chunks.L, eps, *tensors),
     )(q, k, v, i, log_f, s, *state)
-    return h, tuple(state)
+    return of_shapes(h, [*q.shape[:3], v.shape[-1]], ends, state)
 
 
 # Of numbers and tensors only: for other objects, TensorFlow would trace anew at each call.
@@ -65,12 +65,21 @@ def _plain_mlstm(L, eps, q, k, v, i, log_f, s, *state):
 
 def slstm(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
     scale = [] if recurrent_scale is None else [recurrent_scale]
-    h, *state = differentiable(
+    h, *ends = differentiable(
         lambda tensors: _slstm(mask, reset, tensors),
         lambda kept, tensors, d_outputs: _slstm_gradient(mask, reset, kept, tensors, d_outputs),
         lambda *tensors: _plain_slstm(mask, reset, *tensors),
     )(gates, recurrent_kernel, bias, *state, *scale)
-    return h, tuple(state)
+    B, S, _, *heads = gates.shape
+    return of_shapes(h, [B, S, *heads], ends, state)
+
+
+def of_shapes(h, shape, ends, state):
+    """What a compiled function returned, which may have been traced for batches of any size."""
+    h.set_shape(shape)
+    for end, start in zip(ends, state, strict=True):
+        end.set_shape(start.shape)
+    return h, tuple(ends)
 
 
 def _slstm_inputs(mask, reset, tensors):
