@@ -196,6 +196,12 @@ def test_explain_says_who_serves_and_why_the_others_do_not():
     assert "*" not in kernels.explain(*qkvif(), kernel="broken")  # none would serve it
 
 
+def test_explain_says_how():
+    lines = kernels.explain(*qkvif(), chunk_size=4).splitlines()
+    (line,) = [line for line in lines if f"* {OF_BACKEND}:" in line]
+    assert "in chunks of 4 steps" in line
+
+
 def test_explain_of_slstm():
     gates = zeros(B, S, 4, NH, DHHV), zeros(NH, DHHV, 4, DHHV), zeros(4, NH, DHHV)
     assert f"* {OF_BACKEND}: serves this call" in kernels.explain(*gates, op="slstm")

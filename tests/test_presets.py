@@ -1,9 +1,12 @@
 """Saving: presets and `.keras` files come back as they were, under each backend."""
 
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import keras
 import keras_hub
@@ -101,6 +104,59 @@ def test_parts_save_their_own_presets(models, tmp_path):
     loaded = XLSTMCausalLM.from_preset(preset)
     assert loaded.preprocessor.tokenizer.get_config()["unsplittable_tokens"]
     np.testing.assert_array_equal(logits(loaded.backbone), logits(model.backbone))
+
+
+@pytest.mark.parametrize("name", ["xlstm_tiny", "xlstm_tiny_original"])
+@pytest.mark.parametrize("cls", [XLSTMCausalLM, keras_hub.models.CausalLM])
+def test_tiny_builtin_presets(cls, name):
+    model = cls.from_preset(name, load_weights=False)
+    assert type(model) is XLSTMCausalLM
+    assert model.backbone.count_params() == cls.presets[name]["metadata"]["params"]
+    assert logits(model).shape == (2, 11, 258)
+    tokenizer = XLSTMTokenizer.from_preset(name)
+    assert tokenizer.detokenize(tokenizer("bytes")) == "bytes"
+    with pytest.raises(FileNotFoundError, match="model.weights"):
+        cls.from_preset(name)
+
+
+def test_the_7b_preset_opens_the_hub(monkeypatch, tmp_path):
+    """The hub's answers stand for the download, which tests do not make."""
+    asked, config = [], {"model_type": "xlstm", "num_hidden_layers": 1, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_heads": 2, "vocab_size": 9}))
+
+    def download(repo_id, filename):
+        asked.append((repo_id, filename))
+        return tmp_path / filename
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    backbone = keras_hub.models.Backbone.from_preset("xlstm_7b", load_weights=False)
+    assert (type(backbone), backbone.hidden_dim) == (XLSTMBackbone, 64)
+    assert set(asked) == {("NX-AI/xLSTM-7b", "config.json")}
+    assert XLSTMBackbone.presets["xlstm_7b"]["metadata"]["params"] == 6_865_424_896
+
+
+def test_upload_of_a_preset(monkeypatch, models, folder):
+    """Up to the network: KerasHub checks the folder, and all files that a load needs are sent."""
+    sent = {}
+    monkeypatch.setattr(
+        "huggingface_hub.create_repo",
+        lambda repo_id, exist_ok: types.SimpleNamespace(repo_id=repo_id),
+    )
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda repo_id, filename: False)
+
+    def upload(repo_id, folder_path):
+        files = pathlib.Path(folder_path).iterdir()
+        sent[repo_id] = {path.name: path.read_bytes() for path in files if path.is_file()}
+
+    monkeypatch.setattr("huggingface_hub.upload_folder", upload)
+    copy = shutil.copytree(folder / "large", folder / "copy", dirs_exist_ok=True)
+    keras_hub.upload_preset("hf://someone/xlstm", str(copy))
+    files = sent["someone/xlstm"]
+    assert {"config.json", "model.weights.h5", "task.json", "tokenizer.json"} <= set(files)
+    metadata = json.loads(files["metadata.json"])
+    assert metadata["parameter_count"] == models["large"].count_params()
+    assert metadata["tasks"] == ["CausalLM"]
+    assert b"XLSTM" in files["README.md"]
 
 
 @pytest.mark.parametrize("style", STYLES)

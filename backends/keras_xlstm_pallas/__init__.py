@@ -6,5 +6,5 @@ from keras_xlstm import kernels
 def register_kernels():
     from keras_xlstm_pallas import xla
 
-    kernels.register("xla", xla.mlstm, xla.why_not, priority=10)
+    kernels.register("xla", xla.mlstm, xla.why_not, priority=10, how=xla.how)
     kernels.register("xla", xla.slstm, xla.why_not, op="slstm", priority=10)

@@ -16,6 +16,10 @@ def why_not(sequence, *args, **kwargs):
         return "needs a length that is known when it is traced"
 
 
+def how(q, k, v, *args, chunk_size, eps):
+    return str(mlstm_chunks.Chunks.of(q, v, chunk_size))
+
+
 @functools.partial(jax.jit, static_argnames=("chunk_size", "eps"))
 def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     chunks = mlstm_chunks.Chunks.of(q, v, chunk_size)

@@ -50,6 +50,9 @@ class Chunks:
         G = next((G for G in range(min(most, chunks), 1, -1) if chunks % G == 0), 1)
         return cls(L, G)
 
+    def __str__(self):
+        return f"in chunks of {self.L} steps, {self.G} of them at a time"
+
     def groups(self, S):
         return -(-S // (self.G * self.L))
 
