@@ -14,7 +14,7 @@ Memory for new tensors costs as much as the arithmetic where the C library retur
 after each use. To keep it, for all contenders, set
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:\\
-glibc.malloc.trim_threshold=17179869184
+glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 """
 
 import argparse
@@ -222,7 +222,7 @@ def our_model(size):
     from keras_xlstm.models import XLSTMBackbone, XLSTMCausalLM
 
     lm = XLSTMCausalLM(XLSTMBackbone(**MODELS[size]))
-    lm.compile(optimizer=keras.optimizers.AdamW(1e-3), sampler="greedy")
+    lm.compile(optimizer=keras.optimizers.AdamW(1e-3), weighted_metrics=None, sampler="greedy")
     return lm
 
 
@@ -239,6 +239,7 @@ def gpt2(size):
     lm.compile(
         optimizer=keras.optimizers.AdamW(1e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=None,
         sampler="greedy",
     )
     return lm

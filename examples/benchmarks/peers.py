@@ -14,7 +14,7 @@ import sys
 import types
 
 import numpy as np
-from measure import forward_and_gradient, grown_memory, mlstm_inputs, random, seconds
+from measure import Elsewhere, forward_and_gradient, grown_memory, mlstm_inputs, random, seconds
 
 CHUNK_SIZES = 64, 128
 THREADS = os.cpu_count()
@@ -27,10 +27,11 @@ def peers(backend, table, *args):
     if backend == "torch":
         return TORCH[table](*args)
     names, missing = ask(["open", table, *args])
-    return {
-        name: {what: functools.partial(ask, ["run", table, name, what]) for what in runs}
-        for name, runs in names.items()
-    }, missing
+
+    def run(name, what):
+        return lambda: Elsewhere(ask(["run", table, name, what]))
+
+    return {name: {what: run(name, what) for what in runs} for name, runs in names.items()}, missing
 
 
 def with_missing(name):
