@@ -191,6 +191,7 @@ def test_config_is_complete():
         slstm_block={},
         tie_embeddings=True,
         chunk_size=8,
+        packed=True,
     )
     config = XLSTMBackbone(**arguments | dict(slstm_at=(0, 2))).get_config()
     assert {name: config[name] for name in arguments} == arguments

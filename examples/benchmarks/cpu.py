@@ -222,7 +222,7 @@ def our_model(size):
     from keras_xlstm.models import XLSTMBackbone, XLSTMCausalLM
 
     lm = XLSTMCausalLM(XLSTMBackbone(**MODELS[size]))
-    lm.compile(optimizer=keras.optimizers.AdamW(1e-3), weighted_metrics=None, sampler="greedy")
+    lm.compile(optimizer=keras.optimizers.AdamW(1e-3), weighted_metrics=[], sampler="greedy")
     return lm
 
 
@@ -239,7 +239,7 @@ def gpt2(size):
     lm.compile(
         optimizer=keras.optimizers.AdamW(1e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=None,
+        weighted_metrics=[],
         sampler="greedy",
     )
     return lm

@@ -6,6 +6,7 @@ from keras_xlstm.converters import transformers
 from keras_xlstm.layers import XLSTMBlockStack
 from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import TokenEmbedding
+from keras_xlstm.ops import segment_starts
 from keras_xlstm.ops.checks import check_positive_int
 
 
@@ -14,7 +15,8 @@ class XLSTMBackbone(Composite, Backbone):
     """The xLSTM from token ids to hidden states: an embedding and a stack of blocks.
 
     Inputs are `{"token_ids", "padding_mask"}`, both (B, S). A padded position changes nothing
-    behind it, wherever it stands.
+    behind it, wherever it stands. With `packed=True` there is a third, `"segment_ids"`: where it
+    changes, the state is cleared, so that the documents of one row do not see each other.
 
     Args:
         vocabulary_size: int, number of tokens.
@@ -37,6 +39,8 @@ class XLSTMBackbone(Composite, Backbone):
             `keras_xlstm.layers.XLSTMBlockStack`.
         tie_embeddings: bool, whether the head of a language model reuses the embedding.
         chunk_size: int, steps a chunk in the mLSTM. `None` lets the kernel choose.
+        packed: bool, whether rows hold several documents, as `keras_xlstm.utils.pack` makes them.
+            It changes no weight: `from_preset(preset, packed=True)` opens any model that way.
         dtype: string or `keras.DTypePolicy`.
 
     Example:
@@ -66,6 +70,7 @@ class XLSTMBackbone(Composite, Backbone):
         slstm_block=None,
         tie_embeddings=False,
         chunk_size=None,
+        packed=False,
         dtype=None,
         **kwargs,
     ):
@@ -125,10 +130,12 @@ class XLSTMBackbone(Composite, Backbone):
         # === Functional Model ===
         inputs = {
             name: keras.Input((None,), dtype="int32", name=name)
-            for name in ("token_ids", "padding_mask")
+            for name in ("token_ids", "padding_mask", "segment_ids")[: 3 if packed else 2]
         }
         x = self.token_embedding(inputs["token_ids"])
-        outputs = self.stack(x, mask=ops.cast(inputs["padding_mask"], "bool"))
+        mask = ops.cast(inputs["padding_mask"], "bool")
+        reset = segment_starts(inputs["segment_ids"]) if packed else None
+        outputs = self.stack(x, mask=mask, reset=reset)
         super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
 
         # === Config ===
@@ -149,6 +156,7 @@ class XLSTMBackbone(Composite, Backbone):
         self.slstm_block = self.stack.slstm_block
         self.tie_embeddings = tie_embeddings
         self.chunk_size = chunk_size
+        self.packed = packed
 
     def export_to_transformers(self, path, **kwargs):
         """Writes a folder that `transformers.AutoModelForCausalLM` opens.
@@ -186,6 +194,7 @@ class XLSTMBackbone(Composite, Backbone):
             "slstm_block": dict(self.slstm_block),
             "tie_embeddings": self.tie_embeddings,
             "chunk_size": self.chunk_size,
+            "packed": self.packed,
         }
 
 

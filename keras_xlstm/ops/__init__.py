@@ -3,6 +3,7 @@
 # Operations that have kernels, beside those below.
 from keras_xlstm.ops import linear, normalize, repeated  # noqa: F401
 from keras_xlstm.ops.causal_conv import causal_conv1d
+from keras_xlstm.ops.masks import segment_starts
 from keras_xlstm.ops.mlstm import (
     mlstm,
     mlstm_chunkwise,
@@ -22,6 +23,7 @@ __all__ = [
     "mlstm_recurrent",
     "mlstm_step",
     "mlstm_zero_state",
+    "segment_starts",
     "slstm",
     "slstm_step",
     "slstm_zero_state",

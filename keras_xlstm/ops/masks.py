@@ -20,3 +20,26 @@ def steps_that_happen(mask):
 def take_steps(x, indices):
     """x (B, S, D) at indices (B, T) -> (B, T, D)."""
     return ops.take_along_axis(x, indices[..., None], axis=1)
+
+
+def segment_starts(segment_ids):
+    """Where a document starts, for the `reset` of operations, layers and stacks.
+
+    Args:
+        segment_ids: int tensor, (B, S), the same number for all steps of a document and another
+            for the next one's. Padding between documents may have any number; padding within a
+            document has the document's.
+
+    Returns:
+        Bool tensor, (B, S): whether the number differs from that of the step before. `False` at
+        the first step, so that a row goes on from the state that it is given.
+
+    Example:
+
+    ```python
+    keras_xlstm.ops.segment_starts([[1, 1, 2, 2, 2, 3]])  # [[0, 0, 1, 0, 0, 1]]
+    ```
+    """
+    ids = ops.cast(segment_ids, "int32")
+    changes = ops.not_equal(ids[:, 1:], ids[:, :-1])
+    return ops.concatenate([ops.zeros_like(ids[:, :1], "bool"), changes], axis=1)
