@@ -62,6 +62,31 @@ def numpy(tree):
     return keras.tree.map_structure(lambda x: ops.convert_to_numpy(ops.cast(x, "float32")), tree)
 
 
+def gradients(loss, arrays):
+    """`loss(*tensors) -> (scalar, outputs)`, run eagerly: the outputs, and its gradients."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        order = tuple(range(len(arrays)))
+        slopes, outputs = jax.grad(loss, argnums=order, has_aux=True)(*map(ops.array, arrays))
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tensors = [tf.convert_to_tensor(x) for x in arrays]
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            total, outputs = loss(*tensors)
+        slopes = tape.gradient(total, tensors, unconnected_gradients="zero")
+    else:
+        import torch
+
+        tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+        total, outputs = loss(*tensors)
+        slopes = torch.autograd.grad(total, tensors, materialize_grads=True)
+        outputs = [y.detach() for y in outputs]
+    return outputs, list(slopes)
+
+
 def assert_close(got, wanted, **tolerance):
     """Compares two structures of arrays, element by element."""
     pairs = zip(keras.tree.flatten(got), keras.tree.flatten(wanted), strict=True)
