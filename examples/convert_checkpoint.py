@@ -51,13 +51,10 @@ def load(source, dtype):
         if not isinstance(lm, XLSTMCausalLM):
             sys.exit(f"{source} holds a stack of blocks alone: use keras_xlstm.converters.")
         return lm
-    try:
-        return XLSTMCausalLM.from_preset(source, **options)
-    except FileNotFoundError as e:
-        if "tokenizer" not in str(e):
-            raise
-        print("The source has no tokenizer, so that the target will have none.")
-        return XLSTMCausalLM.from_preset(source, preprocessor=None, **options)
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "tokenizer.json")):
+        print(f"{source} has no tokenizer.")
+        options["preprocessor"] = None
+    return XLSTMCausalLM.from_preset(source, **options)
 
 
 def to_keras(lm, options):

@@ -744,6 +744,17 @@ def test_xlstm_config_errors(change, message):
         from_xlstm(arrays, config | change)
 
 
+def test_no_safetensors_file_is_taken_for_a_pickle(tmp_path):
+    """Its length of the header comes first, and may begin as a pickle does."""
+    starts = set()
+    for length in range(1, 200):
+        path = tmp_path / f"{length}.safetensors"
+        write_file(path, {"x" * length: np.ones(2, "float32")})
+        starts.add(path.read_bytes()[:1])
+        assert list(safetensors.read_header(path)) == ["x" * length]
+    assert b"\x80" in starts
+
+
 def test_sources_of_xlstm_that_are_refused(tmp_path):
     config, arrays, *_ = recorded("slstm and mlstm")
     with pytest.raises(ValueError, match="`source` must be.*nowhere"):

@@ -61,7 +61,7 @@ def calibration(mode, lm, text):
         tokenizer=lm.preprocessor.tokenizer,
         num_samples=16,
         sequence_length=WINDOW,
-        group_size=-1,
+        group_size=64,
     )
 
 

@@ -61,8 +61,8 @@ def read_header(path):
     """
     file, size = os.path.basename(path), os.path.getsize(path)
     with open(path, "rb") as f:
-        start = f.read(8)
-        if start.startswith(PICKLES):
+        start, brace = f.read(8), f.read(1)
+        if start.startswith(PICKLES) and brace != b"{":  # a header of 128 bytes begins like one
             raise ValueError(f"{file} is a pickle under the name of safetensors. {PICKLE_ADVICE}")
         data = 8 + int.from_bytes(start, "little")
         if len(start) < 8 or data > size:
@@ -71,7 +71,7 @@ def read_header(path):
                 f"{data}. Received: {size} bytes. Copy or download it again."
             )
         try:
-            header = json.loads(f.read(data - 8), object_pairs_hook=_without_twins)
+            header = json.loads(brace + f.read(max(data - 9, 0)), object_pairs_hook=_without_twins)
             header.pop("__metadata__", None)
             fields = {
                 key: (
