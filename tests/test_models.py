@@ -11,6 +11,7 @@ from keras import ops, tree
 from keras_hub.models import CausalLM
 from keras_hub.src.tests.test_case import TestCase
 
+from keras_xlstm.layers import MLSTM, SLSTM
 from keras_xlstm.models import (
     XLSTMBackbone,
     XLSTMCausalLM,
@@ -391,3 +392,24 @@ def test_prompts_start_as_texts_do(start):
 def test_model_is_a_keras_hub_causal_lm():
     assert issubclass(XLSTMCausalLM, CausalLM)
     assert keras.saving.get_registered_object("keras_xlstm>XLSTMCausalLM") is XLSTMCausalLM
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the others trace symbols")
+@pytest.mark.parametrize("style", ["large", "original"])
+def test_a_model_is_built_without_computing(style, monkeypatch):
+    """Where Keras cannot run tensors without numbers it runs 83 rows of 83 steps, for a shape."""
+    from keras.src.backend.torch import core
+
+    known = core.device_scope
+
+    def device_scope(device):
+        assert sys.exc_info()[0] is None, "not without numbers"
+        return known(device)
+
+    monkeypatch.setattr(core, "device_scope", device_scope)
+    sizes = dict(num_heads=2, slstm_at=[1], block_style=style, packed=True)
+    lm = XLSTMCausalLM(XLSTMBackbone(9, 2, 8, **sizes))
+    assert lm.output.shape == (None, None, 9)
+    x = keras.layers.Masking()(keras.Input((None, 8)))
+    for layer in (SLSTM(4, num_heads=2), MLSTM(4, num_heads=2, go_backwards=True)):
+        assert layer(x).shape == (None, 4)

@@ -11,14 +11,16 @@ import torch
 FEWEST_PRODUCTS = 2**20  # below, the call costs more than it saves
 
 
-def why_not(*args, **kwargs):
+def why_not(x=None, *args, **kwargs):
+    if x is not None and x.device.type == "meta":  # where Keras asks for the shape of an output
+        return "leaves tensors without numbers to the plain form"
     # An exported graph has no use for gradients, and outside torch nothing knows of them.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "leaves a graph to export to the plain form"
 
 
 def why_not_linear(x, weights):
-    if reason := why_not():
+    if reason := why_not(x):
         return reason
     if torch.compiler.is_compiling():
         return "leaves the choice to torch.compile"

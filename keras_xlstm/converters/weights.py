@@ -92,6 +92,7 @@ def load(weights, tensors, source):
                 "cannot come from a sound training. The model was not loaded."
             )
         by_key[key].assign(x)
+        del x  # before the next one comes
         progress.add(1)
 
 

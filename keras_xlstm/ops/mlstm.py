@@ -209,14 +209,13 @@ def masked_gates(i, f, mask, reset):
     """Turns masks and resets into gates: i, log_f and s, (B, S, NH), float32."""
     i = s = ops.cast(i, "float32")
     log_f = ops.log_sigmoid(ops.cast(f, "float32"))
-    never = ops.full_like(i, NEVER)
     if reset is not None:
         at_reset = ops.cast(reset, "bool")[:, :, None]
         s = ops.where(at_reset, ops.maximum(i, log_f), i)
-        log_f = ops.where(at_reset, never, log_f)
+        log_f = ops.where(at_reset, NEVER, log_f)
     if mask is not None:
         happens = ops.cast(mask, "bool")[:, :, None]
-        i, s = (ops.where(happens, x, never) for x in (i, s))
+        i, s = (ops.where(happens, x, NEVER) for x in (i, s))
         log_f = ops.where(happens, log_f, ops.zeros_like(log_f))
     return i, log_f, s
 
@@ -283,7 +282,7 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
         B, rest = shape[0], tuple(x.shape[2:])
         pad = num_chunks * L - S
         if not isinstance(pad, int) or pad:
-            filling = ops.full((B, pad, *rest), fill, dtype="float32")
+            filling = ops.zeros((B, pad, *rest), dtype="float32") + fill
             x = ops.concatenate([x, filling], axis=1)
         x = ops.reshape(x, (B, num_chunks, L, *rest))
         return ops.transpose(x, (1, 0, 3, 2, *range(4, len(x.shape))))
@@ -349,7 +348,7 @@ def segment_sums(x):
     after = ops.arange(L)[:, None] > ops.arange(L)[None, :]  # [l, j]: l > j
     x = ops.where(after, x[..., None], ops.zeros_like(x[..., None]))
     sums = ops.cumsum(x, axis=-2)
-    return ops.where(ops.transpose(after), ops.full_like(sums, NEVER), sums)
+    return ops.where(ops.transpose(after), NEVER, sums)
 
 
 kernels.define("mlstm", prepare)
