@@ -9,7 +9,7 @@ from keras import ops
 from keras_xlstm import kernels
 from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.models.token_loss import TokenLoss
-from keras_xlstm.ops import soft_cap
+from keras_xlstm.ops import mlstm, soft_cap
 from keras_xlstm.ops.linear import cross_entropy, linear
 
 TARGETS = np.random.default_rng(4).integers(0, 300, (3, 50))
@@ -107,3 +107,14 @@ def test_token_loss_is_that_of_keras():
         )
     again = keras.losses.deserialize(keras.losses.serialize(ours))
     assert isinstance(again, TokenLoss)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's kernels")
+def test_the_first_product_may_come_while_torch_traces():
+    from keras_xlstm_triton import products
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    products.is_exact.cache_clear()
+    q, gate = ops.ones((1, 3, 1, 4)), ops.zeros((1, 3, 1))
+    traced = make_fx(lambda *x: mlstm(*x, kernel="torch"), tracing_mode="fake")(q, q, q, gate, gate)
+    assert traced(q, q, q, gate, gate).shape == q.shape

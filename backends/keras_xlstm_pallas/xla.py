@@ -34,7 +34,7 @@ def _mlstm(chunks, eps, *inputs):
 
 def _mlstm_forward(chunks, eps, *inputs):
     outputs, kept = mlstm_chunks.forward(chunks, eps, *inputs)
-    return outputs, (inputs, kept)
+    return outputs, (inputs, outputs, kept)
 
 
 def _mlstm_backward(chunks, eps, residuals, gradients):

@@ -8,6 +8,7 @@ of that without special hardware, which a product shows: there, MKL stays.
 import contextlib
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -39,6 +40,11 @@ def by_onednn():
 @functools.cache
 def is_exact():
     """Whether the permission to round is left unused."""
+    with ThreadPoolExecutor(1) as thread:  # where no tracing of the caller's sees it
+        return thread.submit(_leaves_operands_whole).result()
+
+
+def _leaves_operands_whole():
     x, before = torch.full((2, 128, 128), 1 + 2.0**-23), setting.fp32_precision
     setting.fp32_precision = "bf16"
     product = x @ torch.eye(128).expand(2, 128, 128)

@@ -42,7 +42,7 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     options = chunks.L, chunks.G, eps
     h, *ends = differentiable(
         lambda tensors: _mlstm(*options, tensors),
-        lambda kept, tensors, d_outputs: _mlstm_gradient(*options, kept, tensors, d_outputs),
+        lambda *args: _mlstm_gradient(*options, *args),
         lambda *tensors: _plain_mlstm(chunks.L, eps, *tensors),
     )(q, k, v, i, log_f, s, *state)
     return of_shapes(h, [*q.shape[:3], v.shape[-1]], ends, state)
@@ -57,9 +57,9 @@ def _mlstm(L, G, eps, tensors):
 
 
 @compiled
-def _mlstm_gradient(L, G, eps, kept, tensors, d_outputs):
+def _mlstm_gradient(L, G, eps, tensors, outputs, kept, d_outputs):
     chunks = mlstm_chunks.Chunks(L, G)
-    return mlstm_chunks.backward(chunks, eps, tensors, kept, *d_outputs)
+    return mlstm_chunks.backward(chunks, eps, tensors, outputs, kept, *d_outputs)
 
 
 def _plain_mlstm(L, eps, q, k, v, i, log_f, s, *state):
@@ -71,7 +71,7 @@ def slstm(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale):
     scale = [] if recurrent_scale is None else [recurrent_scale]
     h, *ends = differentiable(
         lambda tensors: _slstm(mask, reset, tensors),
-        lambda kept, tensors, d_outputs: _slstm_gradient(mask, reset, kept, tensors, d_outputs),
+        lambda tensors, _, kept, d_outputs: _slstm_gradient(mask, reset, tensors, kept, d_outputs),
         lambda *tensors: _plain_slstm(mask, reset, *tensors),
     )(gates, recurrent_kernel, bias, *state, *scale)
     B, S, _, *heads = gates.shape
@@ -98,7 +98,7 @@ def _slstm(mask, reset, tensors):
 
 
 @compiled
-def _slstm_gradient(mask, reset, kept, tensors, d_outputs):
+def _slstm_gradient(mask, reset, tensors, kept, d_outputs):
     inputs = _slstm_inputs(mask, reset, tensors)
     *d_weights, d_state, d_scale = slstm_loop.backward(
         scan, inputs, kept, d_outputs[0], d_outputs[1:]
@@ -116,7 +116,7 @@ def differentiable(forward, backward, plain):
 
     Args:
         forward: callable, `tensors -> outputs, what backward keeps`.
-        backward: callable, `(kept, tensors, d_outputs) -> gradients`.
+        backward: callable, `(tensors, outputs, kept, d_outputs) -> gradients`.
         plain: callable, the same function for TensorFlow to differentiate twice.
     """
 
@@ -128,7 +128,8 @@ def differentiable(forward, backward, plain):
         @tf.custom_gradient
         def gradient(*both):
             constants = [tf.stop_gradient(x) for x in both]
-            gradients = backward(kept, constants[: len(tensors)], constants[len(tensors) :])
+            inputs, d_outputs = constants[: len(tensors)], constants[len(tensors) :]
+            gradients = backward(inputs, outputs, kept, d_outputs)
             return gradients, lambda *dd: second_order(both, dd)
 
         def second_order(both, dd):

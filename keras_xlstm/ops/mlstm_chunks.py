@@ -86,7 +86,7 @@ class Chunks:
 
 
 def forward(chunks, eps, q, k, v, i, log_f, s, C, n, m, keep=True):
-    """Returns (h, C, n, m), and with `keep` what `backward` wants besides the inputs."""
+    """Returns (h, C, n, m), and with `keep` what `backward` wants besides them and the inputs."""
     S = q.shape[1]
     q, k, v, i, log_f, s = chunks.fill_inputs(q, k, v, i, log_f, s)
     m_t, before = stabilizers(log_f, s, m)
@@ -117,13 +117,14 @@ def forward(chunks, eps, q, k, v, i, log_f, s, C, n, m, keep=True):
     start = (C, n), ops.zeros(ops.shape(v), "float32"), ops.zeros_like(i), kept
     (C, n), h, nqs, kept = ops.fori_loop(0, groups, group, start)
     h, m = h[:, :S], m_t[:, -1]
-    return (h, C, n, m), (h, C, n, nqs, m_t, before, *kept)
+    return (h, C, n, m), (nqs, m_t, before, *kept)
 
 
-def backward(chunks, eps, inputs, kept, dh, dC, dn, dm):
+def backward(chunks, eps, inputs, outputs, kept, dh, dC, dn, dm):
     """The gradients with respect to all inputs."""
     *sequence, C, n, _ = inputs
-    h, C_end, n_end, nq, m_t, before, C_starts, n_starts = kept
+    h, C_end, n_end, _ = outputs
+    nq, m_t, before, C_starts, n_starts = kept
     S = h.shape[1]
     q, k, v, i, log_f, s = chunks.fill_inputs(*sequence)
     h, dh = chunks.fill(h), chunks.fill(dh)
