@@ -18,6 +18,13 @@ BACKENDS = ("jax", "tensorflow", "torch")
 CHECKS = ("ruff check", "ruff format --check", "mypy")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow tells of the machine's CPU, at length
 
+# Compilation would take most of the time. What `conformance.py` compiles as users do stays so.
+FASTER_JAX = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
 
 def main(arguments):
     """Runs everything, also after a failure. Returns whether all went well."""
@@ -46,9 +53,12 @@ def run_pytest(backend, arguments):
     start, counts = time.monotonic(), dict(NO_COUNTS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
-        command = ["pytest", "-n2", "--dist=loadfile", f"--junitxml={path}", *arguments]
+        command = ["pytest", "-n2", "--dist=worksteal", f"--junitxml={path}", *arguments]
         # Two workers of one thread each: torch is slow where threads outnumber cores.
-        exit_code = run(command, KERAS_BACKEND=backend, OMP_NUM_THREADS="1")
+        environment = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+        if backend == "jax":
+            environment |= FASTER_JAX | {"JAX_COMPILATION_CACHE_DIR": folder}
+        exit_code = run(command, **environment)
         for suite in ElementTree.parse(path).iter("testsuite") if path.exists() else ():
             found = {name: int(suite.get(name)) for name in ("failures", "errors", "skipped")}
             counts["passed"] += int(suite.get("tests")) - sum(found.values())
