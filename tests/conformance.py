@@ -25,8 +25,6 @@ from keras_xlstm.ops import mlstm, slstm
 
 TIMES = {"float32": 16, "bfloat16": 2, "float16": 2}
 ROUNDING = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-# The defaults of XLA, from which `tests/__main__.py` departs.
-AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 UNDERFLOW = 1e-16  # of derivatives: float32 loses 1e-38, where 1 / exp(-m) = exp(50) follows
 
 
@@ -251,7 +249,7 @@ def outputs_and_gradients(f, jit):
     if keras.backend.backend() == "jax":
         import jax
 
-        options = AS_USERS_COMPILE if jit else {"xla_backend_optimization_level": 0}
+        options = {} if jit else {"xla_backend_optimization_level": 0}
         compiled = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)
 
         def run(tensors, weights, flags):
