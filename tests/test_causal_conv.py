@@ -9,6 +9,7 @@ from conformance import Case, Truth
 
 from keras_xlstm.ops import causal_conv1d
 
+pytestmark = pytest.mark.compiled
 D = 5
 SHORT = Case(S=11, mask="full", reset="never", jit=True)  # one compilation serves them all
 CASES = {

@@ -8,6 +8,7 @@ from conformance import BOTH, Case, Truth, mlstm_inputs, truth
 from keras_xlstm import kernels
 from keras_xlstm.ops import mlstm, mlstm_step
 
+pytestmark = pytest.mark.compiled
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="only TensorFlow traces with unknown sizes"
 )

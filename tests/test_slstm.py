@@ -8,6 +8,7 @@ from conformance import BOTH, Case, as_numpy, slstm_inputs, truth
 from keras_xlstm import kernels
 from keras_xlstm.ops import slstm, slstm_step
 
+pytestmark = pytest.mark.compiled
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="only TensorFlow traces with unknown sizes"
 )

@@ -15,6 +15,7 @@ from layer_cases import LAYERS, NOISE, B, D, S, new_layer
 from keras_xlstm import kernels
 from keras_xlstm.ops import mlstm_chunks, slstm_loop
 
+pytestmark = pytest.mark.compiled
 BACKEND = keras.backend.backend()
 if BACKEND == "torch":
     import torch

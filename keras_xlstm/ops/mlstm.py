@@ -24,6 +24,7 @@ differentiable in every tensor that it takes.
 """
 
 from keras import ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_positive_int, check_shapes
@@ -89,7 +90,11 @@ def mlstm(
     if args[0].shape[1] == 0:
         h, state = ops.zeros_like(args[2]), args[-1]
     else:
-        h, state = kernels.choose("mlstm", kernel, args, kwargs).run(*args, **kwargs)
+        chosen = kernels.choose("mlstm", kernel, args, kwargs)
+        if in_symbolic_scope():  # shapes and dtypes are all that Keras asks for
+            h, state = ops.zeros_like(args[2]), args[-1]
+        else:
+            h, state = chosen.run(*args, **kwargs)
     h = ops.cast(h, args[2].dtype)
     if mask is not None:
         h = ops.where(ops.cast(mask, "bool")[:, :, None, None], h, ops.zeros_like(h))

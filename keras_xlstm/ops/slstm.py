@@ -18,6 +18,7 @@ A kernel of the operation "slstm" is
 """
 
 from keras import ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_shapes
@@ -75,7 +76,11 @@ def slstm(
     if args[0].shape[1] == 0:
         h, state = args[0][:, :, 0], args[3]
     else:
-        h, state = kernels.choose("slstm", kernel, args, kwargs).run(*args, **kwargs)
+        chosen = kernels.choose("slstm", kernel, args, kwargs)
+        if in_symbolic_scope():  # shapes and dtypes are all that Keras asks for
+            h, state = args[0][:, :, 0], args[3]
+        else:
+            h, state = chosen.run(*args, **kwargs)
     h = ops.cast(h, args[0].dtype)
     if mask is not None:
         h = ops.where(ops.cast(mask, "bool")[:, :, None, None], h, ops.zeros_like(h))
