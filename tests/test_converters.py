@@ -341,6 +341,15 @@ def test_config_comes_back(tmp_path):
     assert back["eos_token_id"] is None
 
 
+def test_transformers_opens_no_model_without_soft_caps(tmp_path):
+    lm = XLSTMCausalLM(XLSTMBackbone(V, 1, 16, 2), logit_soft_cap=None)
+    with pytest.raises(ValueError, match="`output_logit_soft_cap` must be a number.*None"):
+        lm.export_to_transformers(str(tmp_path))
+    with pytest.raises(ValueError, match="`gate_soft_cap` must be a number.*None"):
+        XLSTMBackbone(V, 1, 16, 2, gate_soft_cap=None).export_to_transformers(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_large_models_leave_for_transformers(tmp_path):
     for kwargs in (dict(block_style="original"), dict(slstm_at=[0])):
         backbone = XLSTMBackbone(V, 1, 16, 2, **kwargs)
@@ -423,6 +432,9 @@ def broken(kind, arrays, folder):
         text = header.replace(b"proj_up_gate.weight", b"proj_up.weight" + b" " * 0)
         path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + len(header) :])
         said = ["model.safetensors", "proj_up.weight", "twice"]
+    elif kind == "deep header":
+        path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)
+        said = ["model.safetensors", "not a safetensors file", "header"]
     elif kind == "overlap":
         content = json.loads(header)
         twin, other = "backbone.blocks.0.ffn.proj_up.weight", "backbone.blocks.1.ffn.proj_up.weight"
@@ -448,8 +460,8 @@ class Trap:
 
 
 BREAKS = """missing key, extra key, wrong shape, contradicting config, wrong dtype, NaN,
-infinity, truncated, truncated header, empty, too long, no header, a name twice, overlap, pickle,
-torch file"""
+infinity, truncated, truncated header, empty, too long, no header, deep header, a name twice,
+overlap, pickle, torch file"""
 
 
 @pytest.mark.parametrize("kind", [kind.strip() for kind in BREAKS.split(",")])
@@ -458,6 +470,53 @@ def test_a_malformed_checkpoint_is_refused(tmp_path, kind):
     with pytest.raises(ValueError) as error:
         load(str(tmp_path / "hf"))
     assert re.search(".*".join(map(re.escape, said)), str(error.value), re.DOTALL), error.value
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(vocab_size=10**12),
+            r'"backbone.embeddings.weight" has the shape \(13, 24\).*10{12}, 24',
+        ),
+        (
+            dict(hidden_size=10**12),
+            r'"backbone.embeddings.weight" has the shape \(13, 24\).*13, 10{12}',
+        ),
+        (
+            dict(num_hidden_layers=10**9),
+            r"model.safetensors: .* 10{9} blocks. Received: 33 tensors",
+        ),
+    ],
+)
+def test_no_memory_is_asked_for_that_the_files_cannot_fill(tmp_path, change, message):
+    folder = write_folder(tmp_path / "hf", hugging_face(), CONFIG | change)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+    tensors = hugging_face()
+    tensors["embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    with pytest.raises(ValueError, match=r"embedding.weight.*\(13, 24\).*\(50304, 4096\)"):
+        from_xlstm(tensors, {})
+
+
+def test_numbers_are_converted_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "PIECE", 7)
+    arrays = {"a": some("a", (5, 6)), "b": some("b", (3,)), "c": np.float32(4).reshape(())}
+    write_file(tmp_path / "x.safetensors", arrays)
+    for key, tensor in safetensors.read_header(str(tmp_path / "x.safetensors")).items():
+        for dtype in ("float32", "bfloat16", "float16", "float64"):
+            x = tensor.read(np.dtype(dtype))
+            assert x.dtype == dtype
+            np.testing.assert_array_equal(x, arrays[key].astype(dtype))
+
+
+def test_numbers_beyond_the_range_of_float16_are_refused(tmp_path):
+    arrays = hugging_face()
+    arrays["backbone.blocks.1.ffn.proj_up.weight"][3, 2] = 1e5
+    folder = write_folder(tmp_path / "hf", arrays)
+    with pytest.raises(ValueError, match=r"blocks.1.ffn.proj_up.weight.*\(64, 24\).*as float16"):
+        load(folder, dtype="float16")
+    load(folder, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["missing key", "wrong shape"])
@@ -755,8 +814,26 @@ def test_no_safetensors_file_is_taken_for_a_pickle(tmp_path):
     assert b"\x80" in starts
 
 
+def test_the_package_can_build_what_is_exported(tmp_path):
+    """It needs a length for its masks, and has a convolution in each mLSTM."""
+    config, arrays, *_ = recorded("slstm and mlstm")
+    to_xlstm(from_xlstm(arrays, config), str(tmp_path), context_length=77)
+    assert "context_length: 77\n" in (tmp_path / "config.yaml").read_text()
+    stack = kx.layers.XLSTMBlockStack(
+        1, num_heads=2, norm_epsilon=1e-5, mlstm_block=dict(conv_kernel_size=0)
+    )
+    stack.build((None, None, 16))
+    with pytest.raises(ValueError, match="`conv_kernel_size` of the mLSTM blocks.*=0"):
+        to_xlstm(stack, str(tmp_path / "none"))
+
+
 def test_sources_of_xlstm_that_are_refused(tmp_path):
     config, arrays, *_ = recorded("slstm and mlstm")
+    write_file(tmp_path / "model.safetensors", arrays)
+    (tmp_path / "config.yaml").write_text("!!python/object/apply:pytest.fail [a call]")
+    with pytest.raises(ValueError, match="config.yaml must hold plain YAML.*python/object"):
+        from_xlstm(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="`source` must be.*nowhere"):
         from_xlstm(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="`config` must be a dict.*NoneType"):

@@ -136,6 +136,11 @@ def their_config(stack, width, layout):
             f"`norm_epsilon` must be {NORM_EPSILON}: the `xlstm` package knows no other. "
             f"Received: norm_epsilon={stack.norm_epsilon}."
         )
+    if mlstm and not mlstm[0]["conv_kernel_size"]:
+        raise ValueError(
+            "`conv_kernel_size` of the mLSTM blocks must be positive: the `xlstm` package cannot "
+            "leave their convolution out. Received: conv_kernel_size=0."
+        )
     if mlstm:
         layer = {
             "num_heads": mlstm[0]["num_heads"],

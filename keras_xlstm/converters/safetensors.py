@@ -19,6 +19,7 @@ DTYPES = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+PIECE = 2**22  # numbers that are converted at a time
 PICKLES = (b"PK\x03\x04", b"\x80")  # how files of `torch.save` and of `pickle` begin
 PICKLE_ADVICE = (
     "A pickle can run code while it is opened, so it never is. If you trust it, save it anew: "
@@ -43,9 +44,14 @@ class StoredTensor:
         self.file = os.path.basename(path)
         self.nbytes = dtype.itemsize * math.prod(shape)
 
-    def read(self):
-        """The numbers, as a new array."""
-        x = np.fromfile(self.path, self.dtype, math.prod(self.shape), offset=self.offset)
+    def read(self, dtype=None):
+        """The numbers, as a new array; of another `dtype`, without two copies at a time."""
+        x = np.empty(math.prod(self.shape), dtype or self.dtype)
+        with open(self.path, "rb") as f:
+            f.seek(self.offset)
+            for start in range(0, x.size, PIECE):
+                count = min(PIECE, x.size - start)
+                x[start : start + count] = np.fromfile(f, self.dtype, count)
         return x.reshape(self.shape)
 
     def view(self):
@@ -81,7 +87,7 @@ def read_header(path):
                 )
                 for key, x in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(
                 f"{file} is not a safetensors file: its header is broken ({e})."
             ) from e

@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from keras_xlstm.converters import large, safetensors
-from keras_xlstm.converters.weights import equal, load, shards
+from keras_xlstm.converters.weights import check_room, equal, load, shards
 
 CONFIG_FILE = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,6 +31,10 @@ def backbone_config(config, tensors=None):
     if tied and tensors and HEAD in tensors and EMBEDDING in tensors:
         tied = equal(tensors[HEAD], tensors[EMBEDDING])
     ours = large.backbone_config(config, large.TRANSFORMERS, CONFIG_FILE)
+    if tensors is not None:
+        embedding = EMBEDDING if EMBEDDING in tensors else BARE_EMBEDDING
+        shape = ours["vocabulary_size"], ours["hidden_dim"]
+        check_room(tensors, embedding, shape, ours["num_layers"], CONFIG_FILE)
     return ours | {"tie_embeddings": tied}
 
 
@@ -113,6 +117,12 @@ def save(
         max_shard_size: float, gigabytes a file.
     """
     config = large.their_config(backbone, logit_soft_cap, large.TRANSFORMERS)
+    for name in ("gate_soft_cap", large.LOGIT_SOFT_CAP[0]):
+        if config[name] is None:
+            raise ValueError(
+                f"`{name}` must be a number: `transformers` opens no model without that cap. "
+                "Received: None."
+            )
     dtype = np.dtype(backbone.dtype_policy.variable_dtype)
     ids = (
         dict(

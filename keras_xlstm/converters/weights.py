@@ -49,6 +49,13 @@ class Weight:
         first, *_ = shapes = self.shapes
         return (sum(shape[0] for shape in shapes), *first[1:])
 
+    @property
+    def dtype(self):
+        """The dtype that the numbers will have here."""
+        variables = [getattr(layer, name) for layer, name, _ in self.parts]
+        names = {keras.backend.standardize_dtype(variable.dtype) for variable in variables}
+        return np.result_type(*map(np.dtype, names))
+
     def assign(self, x):
         rows = np.cumsum([shape[0] for shape in self.shapes])[:-1]
         for (layer, name, layout), part in zip(self.parts, np.split(x, rows), strict=True):
@@ -85,15 +92,47 @@ def load(weights, tensors, source):
     nbytes = sum(x.nbytes for x in tensors.values())
     progress = keras.utils.Progbar(len(tensors), unit_name="tensor", verbose=nbytes >= LONG_LOAD)
     for key, tensor in tensors.items():  # in the order of the files: each is read once, forwards
-        x = tensor.read()
-        if not np.isfinite(x).all():
+        dtype = by_key[key].dtype
+        with np.errstate(over="ignore"):  # what is beyond its range becomes infinite
+            x = tensor.read(dtype)
+        if not all_finite(x):
             raise ValueError(
-                f'{tensor.file}: "{key}" of shape {tensor.shape} holds NaN or infinity, so it '
-                "cannot come from a sound training. The model was not loaded."
+                f'{tensor.file}: "{key}" of shape {tensor.shape} holds NaN or infinity'
+                f"{' as ' + dtype.name if dtype != tensor.dtype else ''}, so it cannot come from a "
+                "sound training. The model was not loaded."
             )
         by_key[key].assign(x)
         del x  # before the next one comes
         progress.add(1)
+
+
+def check_room(tensors, embedding, shape, num_layers, source):
+    """Raises `ValueError` where a model is so large that the tensors cannot be all of it.
+
+    `check` would find that too, but only after the memory of such a model has been asked for.
+
+    Args:
+        tensors: dict, as for `load`.
+        embedding: str, the key of the embedding, or `None` where there is none.
+        shape: its shape in the model.
+        num_layers: int, blocks of the model.
+        source: str, what decided on these, for errors.
+    """
+    x = tensors.get(embedding)
+    size = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if x is not None and x.shape != shape and math.prod(shape) > size:
+        raise ValueError(
+            f"The checkpoint does not fit {source}. Nothing was loaded.\n"
+            f'{x.file}: "{embedding}" has the shape {x.shape}, and the model of {source} needs '
+            f"{shape}."
+        )
+    if num_layers > len(tensors):
+        files = ", ".join(dict.fromkeys(x.file for x in tensors.values())) or "the checkpoint"
+        raise ValueError(
+            f"The checkpoint does not fit {source}. Nothing was loaded.\n"
+            f"{files}: the model of {source} needs the tensors of {num_layers} blocks. Received: "
+            f"{len(tensors)} tensors."
+        )
 
 
 def check(weights, tensors, source):
@@ -135,6 +174,12 @@ def shards(weights, dtype, max_bytes):
         lists[-1].append(weight)
         size += nbytes
     return lists
+
+
+def all_finite(x, count=2**22):
+    """Whether an array holds neither NaN nor infinity; looks at `count` numbers at a time."""
+    x = x.reshape(-1)
+    return all(np.isfinite(x[i : i + count]).all() for i in range(0, x.size, count))
 
 
 def equal(a, b, rows=1024):

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_xlstm.converters import large, original, safetensors
 from keras_xlstm.converters.transformers import GIGABYTE
-from keras_xlstm.converters.weights import as_array, equal, load, shards
+from keras_xlstm.converters.weights import as_array, check_room, equal, load, shards
 from keras_xlstm.layers import XLSTMBlockStack
 
 CONFIG_FILE, SINGLE, SHARD = "config.yaml", "model.safetensors", "model_{}.safetensors"
@@ -30,8 +30,8 @@ class ArrayTensor:
                 f"Received: {self.dtype}, {self.shape}."
             )
 
-    def read(self):
-        return self.x
+    def read(self, dtype=None):
+        return self.x.astype(dtype or self.dtype, copy=False)
 
     def view(self):
         return self.x
@@ -69,7 +69,7 @@ def from_xlstm(source, config=None, dtype=None):
     return _load_original(tensors, config, name, dtype)
 
 
-def to_xlstm(model, folder, slstm_layout="vanilla", max_shard_size=5):
+def to_xlstm(model, folder, slstm_layout="vanilla", max_shard_size=5, context_length=2048):
     """Writes a model for NX-AI's `xlstm` package: `config.yaml` and safetensors files.
 
     `xlstm.xlstm_large.from_pretrained.load_from_pretrained(folder)` opens models of large blocks;
@@ -81,6 +81,8 @@ def to_xlstm(model, folder, slstm_layout="vanilla", max_shard_size=5):
         folder: str.
         slstm_layout: `"vanilla"` or `"cuda"`, the implementation of the sLSTM that is to read it.
         max_shard_size: float, gigabytes a file.
+        context_length: int, the longest sequence that `xLSTMLMModel` and `xLSTMBlockStack` are to
+            take: each of their mLSTM keeps a mask of this length squared. Ours have no such limit.
     """
     import yaml
 
@@ -108,6 +110,8 @@ def to_xlstm(model, folder, slstm_layout="vanilla", max_shard_size=5):
             weights = large.table(backbone, LARGE_EMBEDDING)
         else:
             config, weights = _original_model(backbone, cap, slstm_layout)
+    if "slstm_at" in config:
+        config["context_length"] = context_length
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as f:
         yaml.safe_dump(config, f, sort_keys=False)
@@ -198,7 +202,10 @@ def _read_config(path):
     if not os.path.exists(path):
         raise ValueError(f"'{path}' is missing. Pass the configuration as `config`.")
     with open(path, encoding="utf-8") as f:
-        return _as_dict(yaml.safe_load(f))
+        try:
+            return _as_dict(yaml.safe_load(f))
+        except yaml.YAMLError as e:
+            raise ValueError(f"{CONFIG_FILE} must hold plain YAML, without objects ({e}).") from e
 
 
 def _as_dict(config):
@@ -215,7 +222,10 @@ def _as_dict(config):
 def _load_large(tensors, config, name, dtype):
     from keras_xlstm.models import XLSTMBackbone, XLSTMCausalLM
 
-    backbone = XLSTMBackbone(**large.backbone_config(config, large.XLSTM_LARGE, name), dtype=dtype)
+    ours = large.backbone_config(config, large.XLSTM_LARGE, name)
+    shape = ours["vocabulary_size"], ours["hidden_dim"]
+    check_room(tensors, LARGE_EMBEDDING, shape, ours["num_layers"], name)
+    backbone = XLSTMBackbone(**ours, dtype=dtype)
     # The package ignores the mode that a folder's configuration names; the keys tell it.
     fused = any(key.endswith("qkv_opreact.weight") for key in tensors)
     load(large.table(backbone, LARGE_EMBEDDING, fused=fused), tensors, name)
@@ -224,6 +234,9 @@ def _load_large(tensors, config, name, dtype):
 
 def _load_original(tensors, config, name, dtype):
     ours, layout = original.stack_config(config, name), original.slstm_layout(tensors)
+    vocabulary_size = large.number(config, "vocab_size", 1, name)
+    shape = vocabulary_size, ours["hidden_dim"]
+    check_room(tensors, original.EMBEDDING, shape, ours["num_layers"], name)
     if "vocab_size" not in config:
         num_blocks, width = ours.pop("num_layers"), ours.pop("hidden_dim")
         stack = XLSTMBlockStack(num_blocks, dtype=dtype, **ours)
@@ -240,7 +253,7 @@ def _load_original(tensors, config, name, dtype):
             f"tie_weights=True. Received: different matrices, {pair[1].shape} and {pair[0].shape}."
         )
     backbone = XLSTMBackbone(
-        large.number(config, "vocab_size", 1, name),
+        vocabulary_size,
         tie_embeddings=tied,
         dtype=dtype,
         **ours,

@@ -91,6 +91,8 @@ class XLSTMCausalLM(CausalLM):
         Args:
             path: str, the folder.
             weight_mode: `"single"`, or `"fused"` for one matrix where several read the same input.
+                AutoModelForCausalLM of `transformers` 5.23 fails on fused folders with more than
+                one head, its own included; its class takes their tensors by `load_state_dict`.
             max_shard_size: float, gigabytes a file.
         """
         tokenizer = getattr(self.preprocessor, "tokenizer", None)

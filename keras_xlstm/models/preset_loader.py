@@ -62,7 +62,7 @@ def register():
     def get_preset_loader(preset):
         if preset_utils.check_file_exists(preset, transformers.CONFIG_FILE):
             config = preset_utils.load_json(preset, transformers.CONFIG_FILE)
-            if config.get("model_type") == MODEL_TYPE:
+            if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE:
                 return XLSTMPresetLoader(preset, config)
         return known(preset)
 
