@@ -86,13 +86,13 @@ def new_model(kind):
         x = XLSTMBlockStack(num_blocks=2, num_heads=2)(x)
     elif kind == "LSTM":
         for _ in range(2):
-            x = layers.LSTM(WIDTH + WIDTH // 4, return_sequences=True)(x)
+            x = layers.LSTM(WIDTH, return_sequences=True)(x)
     else:
         x = x + keras_hub.layers.SinePositionEncoding()(x)
         for _ in range(2):
             y = layers.LayerNormalization()(x)
             x = x + layers.MultiHeadAttention(num_heads=2, key_dim=16)(y, y, use_causal_mask=True)
-            y = layers.Dense(3 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
+            y = layers.Dense(2 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
             x = x + layers.Dense(WIDTH)(y)
         x = layers.LayerNormalization()(x)
     return keras.Model(tokens, layers.Dense(VALUES)(x), name=kind)

@@ -37,22 +37,20 @@ TEXT = topics["with"].strip()[:240]  # what the model reads while we look
 def main():
     start = time.time()
     keras.utils.set_random_seed(0)
-    lm = load_model() if Path("quickstart_preset").exists() else train_model()
+    if Path("quickstart_preset").exists():
+        print("The model of quickstart.py")
+        lm = XLSTMCausalLM.from_preset("quickstart_preset")
+    else:
+        lm = new_model()
+        train(lm)
     traces = look(lm, TEXT)
     print_table(traces)
     plot(traces, TEXT, "look_inside.png")
     print(f"\n{time.time() - start:.0f} s; see look_inside.png")
 
 
-def load_model():
-    print("The model of quickstart.py")
-    return XLSTMCausalLM.from_preset("quickstart_preset")
-
-
-def train_model(steps=STEPS, hidden_dim=64):
+def new_model(hidden_dim=64):
     """Three blocks, the second with an sLSTM; each byte is a token."""
-    text = "\n\n".join(topics[name] for name in sorted(topics) if name != "with")
-    print(f"{len(text)} characters of pydoc_data.topics, under the PSF license")
     tokenizer = XLSTMTokenizer.byte_level()
     backbone = XLSTMBackbone(
         tokenizer.vocabulary_size(), num_layers=3, hidden_dim=hidden_dim, num_heads=4, slstm_at=[1]
@@ -60,13 +58,16 @@ def train_model(steps=STEPS, hidden_dim=64):
     preprocessor = XLSTMCausalLMPreprocessor(
         tokenizer, sequence_length=WINDOW, add_start_token=False, add_end_token=False
     )
-    lm = XLSTMCausalLM(backbone, preprocessor)
+    return XLSTMCausalLM(backbone, preprocessor)
+
+
+def train(lm, steps=STEPS):
+    text = "\n\n".join(topics[name] for name in sorted(topics) if name != "with")
+    print(f"{len(text)} characters of pydoc_data.topics, under the PSF license")
     rate = keras.optimizers.schedules.CosineDecay(1e-2, steps)
     lm.compile(optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0), weighted_metrics=[])
     starts = np.random.default_rng(0).integers(len(text) - WINDOW, size=steps * BATCH)
-    windows = [text[s : s + WINDOW + 1] for s in starts]
-    lm.fit(windows, batch_size=BATCH, shuffle=False, verbose=2)
-    return lm
+    lm.fit([text[s : s + WINDOW + 1] for s in starts], batch_size=BATCH, shuffle=False, verbose=2)
 
 
 def look(lm, text):
