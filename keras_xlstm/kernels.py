@@ -25,6 +25,7 @@ What a kernel of each operation receives and returns stands in `keras_xlstm/ops`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -46,6 +47,7 @@ class Kernel:
 _kernels: dict[str, dict[str, Kernel]] = {}  # op -> name -> kernel
 _prepare: dict[str, Callable] = {}  # op -> public arguments to a kernel's
 _in_use: dict[str, str] = {}  # op -> name, where `use` has set one
+_observers: list[Callable] = []
 _loaded = False  # the kernels of other packages
 
 
@@ -147,12 +149,38 @@ class use:
         _in_use[self.op] = self.before
 
 
+@contextlib.contextmanager
+def observe(observer):
+    """Calls `observer(op, args)`, args those of a kernel, before each call that a kernel serves.
+
+    It is for looking inside, as `keras_xlstm.inspect` does. A compiled function is observed while
+    it is traced.
+
+    Args:
+        observer: callable.
+
+    Example:
+
+    ```python
+    with kernels.observe(lambda op, args: print(op)):
+        model(x)
+    ```
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
 def choose(op, kernel, args, kwargs):
     """The kernel that serves this call.
 
     Raises:
         ValueError: if the forced kernel is unknown or cannot serve the call, or none can.
     """
+    for observer in _observers:
+        observer(op, args)
     forced = _forced(op, kernel)
     candidates = [_named(op, forced)] if forced else _best_first(op)
     objections = []

@@ -17,7 +17,8 @@ README = (ROOT / "README.md").read_text("utf-8")
 PUBLIC = {
     "ops": """mlstm slstm mlstm_step slstm_step mlstm_recurrent mlstm_parallel mlstm_chunkwise
         causal_conv1d soft_cap""",
-    "kernels": "register available explain use",
+    "kernels": "register available explain use observe",
+    "inspect": "trace Trace half_life effective_rank",
     "layers": """SLSTM MLSTM SLSTMCell MLSTMCell SLSTMBlock MLSTMBlock XLSTMLargeBlock
         XLSTMBlockStack CausalConv1D HeadwiseDense MultiHeadNorm""",
     "models": "XLSTMBackbone XLSTMCausalLM XLSTMCausalLMPreprocessor XLSTMTokenizer",
