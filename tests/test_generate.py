@@ -91,10 +91,8 @@ def stops_in(outputs, inputs):
     return tuple(stops)
 
 
-@pytest.mark.parametrize(
-    "block_style, sampler",
-    [("large", "greedy"), ("original", "greedy"), ("original", "beam"), ("large", "contrastive")],
-)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("block_style", ["large", "original"])
 def test_each_row_gets_what_it_gets_alone(block_style, sampler):
     prompts = PROMPTS if sampler == "greedy" else PROMPTS[:4]
     model, inputs = generator(sampler, block_style), prompts_of(prompts)
