@@ -43,7 +43,7 @@ class Chunks:
         if not isinstance(S, int):  # a symbol
             return cls(L, 1)
         chunks = -(-S // L)
-        L = min(L, S)
+        L = min(L, S) if chunk_size else -(-S // chunks)  # of equal lengths: little to fill up
         rows = B if isinstance(B, int) else 1
         most = GROUP_SIZE // (rows * NH * max(L * L, L * DHHV, DHQK * DHHV))
         # The most that fit, of which a whole number makes up the sequence.
