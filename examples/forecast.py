@@ -132,7 +132,7 @@ def predict(model, series, origins):
     """Quantiles, (origins, AHEAD, QUANTILES), each from the `WINDOW` months up to its origin."""
     windows = scaled(series)[origins[:, None] + np.arange(1 - WINDOW, 1)][..., None]
     last = keras.Model(model.input, model.output[:, -1])
-    return np.sort(unscaled(last.predict(windows, batch_size=128, verbose=0)))
+    return np.sort(unscaled(last.predict_on_batch(windows)))
 
 
 def baselines(series, test, origins):

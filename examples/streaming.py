@@ -25,11 +25,11 @@ import keras_xlstm as kx
 from keras_xlstm.ops.repeated import repeated
 
 AHEAD = 20  # samples from the last one seen to the one to forecast
-WINDOW = 256  # samples that a training sequence has, and that a model without a state would read
+WINDOW = 128  # samples that a training sequence has, and that a model without a state would read
 LAGS = 64  # samples that the linear baseline sees
 
 
-def main(steps=300, batch_size=8, samples=5000, width=32, path="streaming.png"):
+def main(steps=250, batch_size=16, samples=5000, width=32, path="streaming.png"):
     keras.utils.set_random_seed(0)
     signal = mackey_glass(20_000 + samples + AHEAD)
     training, stream = signal[:20_000], signal[20_000:]
@@ -154,11 +154,10 @@ def linear(training, stream):
 def plot(future, forecasts, seconds, path):
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2)
-    last = slice(-400, None)
-    above.plot(np.arange(len(future))[last], future[last], "k", linewidth=1, label="signal")
-    above.plot(
-        np.arange(len(future))[last], forecasts[last], "--", label=f"forecast {AHEAD} samples ago"
-    )
+    n = np.arange(len(future))[-400:]
+    above.plot(n, future[n], "k", linewidth=1, label="signal")
+    above.plot(n, forecasts[n], "C1--", label=f"forecast, {AHEAD} samples before")
+    above.set(xlim=(n[0], n[-1]), ylim=(-3.5, 2))
     above.set_title(f"A stream, sample by sample ({keras.backend.backend()})")
     above.legend(loc="lower left", ncols=2)
     below.semilogy(1e3 * seconds[10:], ".", markersize=1)

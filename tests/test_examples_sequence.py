@@ -56,23 +56,22 @@ def test_forecast_sees_nothing_of_what_it_forecasts(example, monkeypatch):
 @pytest.mark.parametrize("example", ["classify"], indirect=True)
 def test_classify(example, tmp_path):
     picture = tmp_path / "classify.png"
-    rows = example.main(epochs=3, digits=64, layers=["MLSTM"], path=str(picture))
-    loss = rows["MLSTM"]["loss"]
+    rows = example.main(epochs=3, digits=64, layers=["SLSTM"], seeds=[0], path=str(picture))
+    loss = rows["SLSTM"]["loss"]
     assert loss[-1] < loss[0]
-    assert np.isfinite(rows["MLSTM"]["val_loss"]).all()
+    assert np.isfinite(rows["SLSTM"]["val_loss"]).all()
     assert picture.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("example", ["classify"], indirect=True)
-def test_the_moves_lead_through_the_ink(example):
+def test_each_digit_is_all_of_its_ink(example):
     x, _ = example.load_sequences()
     lengths = x.any(axis=2).sum(axis=1)
     assert lengths.min() == 16 and lengths.max() == x.shape[1] == 42
-    places = (4 * x[:, :, :2]).cumsum(axis=1)
     images = np.zeros((len(x), 8, 8))
-    for image, place, row, length in zip(images, places, x, lengths, strict=True):
-        down, across = place[:length].astype(int).T
-        image[down, across] = 16 * row[:length, 2]
+    for image, steps, length in zip(images, x, lengths, strict=True):
+        row, column = (4 * steps[:length, :2]).astype(int).T
+        image[row, column] = 16 * steps[:length, 2]
     from sklearn.datasets import load_digits
 
     np.testing.assert_array_equal(images, load_digits().images)
@@ -84,7 +83,7 @@ def test_streaming(example, tmp_path):
     model, step, state = example.new_models(width=8)
     forecasts, seconds, memory = example.run(example.compiled(step), state, stream)
     offline = model.predict(stream[None, :, None], verbose=0)[0, :, 0]
-    np.testing.assert_allclose(forecasts, offline, atol=1e-5)
+    np.testing.assert_allclose(forecasts, offline, atol=1e-4)  # norms of few units add noise
     assert np.ptp(offline) > 0.01
     assert (seconds > 0).all() and len(memory) == 2
     example.plot(stream, forecasts, seconds, tmp_path / "streaming.png")
