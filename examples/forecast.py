@@ -4,8 +4,8 @@
     KERAS_BACKEND=torch python examples/forecast.py    on PyTorch, likewise tensorflow
 
 Each model tells five quantiles of the monthly number 3, 6, ... 60 months later, and is judged on 50
-years that follow those of its training. Takes about two minutes on two CPU cores. Leaves a fan
-chart in `forecast.png`.
+years that follow those of its training. Takes two minutes on two CPU cores, on PyTorch five times
+that. Leaves a fan chart in `forecast.png`.
 """
 
 import os
@@ -104,7 +104,8 @@ def new_model(layers):
 def pinball(y, quantiles):
     """The quantile loss: least when a share q of all y lies below the quantile of q."""
     error = keras.ops.expand_dims(y, -1) - quantiles
-    return keras.ops.mean(keras.ops.maximum(QUANTILES * error, (QUANTILES - 1) * error))
+    q = keras.ops.convert_to_tensor(QUANTILES)
+    return keras.ops.mean(keras.ops.maximum(q * error, (q - 1) * error))
 
 
 def train(model, series, steps, batch_size, seed):
