@@ -116,7 +116,7 @@ def accuracy_by_length(language, mixer, steps=STEPS, seed=0):
     rng = np.random.default_rng(seed)
     model = new_model(mixer, symbols, answers)
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - steps // 10, warmup_target=1e-2, warmup_steps=steps // 10
+        0.0, steps - steps // 10, warmup_target=4e-3, warmup_steps=steps // 10
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(rate, global_clipnorm=1.0), loss)
