@@ -1,4 +1,4 @@
-"""Lint, types, and all tests once per backend.
+"""Lint, types, and all tests once per backend, and those of Triton's kernels, interpreted.
 
 python -m tests                                 everything
 python -m tests jax torch -k conv --maxfail=1   some backends, and arguments for pytest
@@ -9,12 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ("jax", "tensorflow", "torch")
+# In a process of their own: the kernels of Triton on the CPU, see `test_triton.py`.
+TRITON = ("tests/test_triton.py", "tests/test_mlstm.py", "tests/test_transforms.py")
+TRITON += ("-k", "triton or (transforms and mlstm)")
 CHECKS = ("ruff check", "ruff format --check", "mypy")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow tells of the machine's CPU, at length
 
@@ -26,6 +30,8 @@ def main(arguments):
     start = time.monotonic()
     broken = [check for check in CHECKS if run(check.split())]
     results = {backend: run_pytest(backend, arguments) for backend in backends}
+    if "torch" in backends and not arguments and find_spec("triton"):
+        results["triton"] = run_pytest("torch", TRITON, TRITON_INTERPRET="1")
 
     print("\nbackend     passed  failed  errors  skipped  seconds")
     for backend, result in results.items():
@@ -42,13 +48,13 @@ def main(arguments):
 NO_COUNTS = dict.fromkeys(("failed", "passed", "skipped", "errors"), 0)
 
 
-def run_pytest(backend, arguments):
+def run_pytest(backend, arguments, **environment):
     start, counts = time.monotonic(), dict(NO_COUNTS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
         command = ["pytest", "-n2", "--dist=loadfile", f"--junitxml={path}", *arguments]
         # Two workers of one thread each: torch is slow where threads outnumber cores.
-        exit_code = run(command, KERAS_BACKEND=backend, OMP_NUM_THREADS="1")
+        exit_code = run(command, KERAS_BACKEND=backend, OMP_NUM_THREADS="1", **environment)
         for suite in ElementTree.parse(path).iter("testsuite") if path.exists() else ():
             found = {name: int(suite.get(name)) for name in ("failures", "errors", "skipped")}
             counts["passed"] += int(suite.get("tests")) - sum(found.values())
