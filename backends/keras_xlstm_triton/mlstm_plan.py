@@ -57,7 +57,7 @@ def plan(dtype, S, heads, DHQK, DHHV, device, chunk_size=None, segments=None):
     """The sizes for a call. `chunk_size` is rounded to what the kernels have."""
     L = min(power_of_two(chunk_size or MOST), power_of_two(S), longest(dtype))
     by_value, by_key = tiles_of(dtype, DHQK, DHHV)
-    chunks = -(-S // L)
+    chunks = max(-(-S // L), 1)
     programs = heads * by_value.count(DHHV)
     segments = segments or split(chunks, programs, device.processors)
     return Plan(L, min(segments, chunks), by_value, by_key)
