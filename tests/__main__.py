@@ -1,4 +1,4 @@
-"""Lint, types, and all tests once per backend.
+"""Lint, types, and all tests once per backend, and those of Triton's kernels, interpreted.
 
 python -m tests                                 everything
 python -m tests jax torch -k conv --maxfail=1   some backends, and arguments for pytest
@@ -9,12 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ("jax", "tensorflow", "torch")
+# In a process of their own: the kernels of Triton on the CPU, see `test_triton.py`.
+TRITON = ("tests/test_triton.py", "tests/test_mlstm.py", "tests/test_transforms.py")
+TRITON += ("-k", "triton or (transforms and mlstm)")
 CHECKS = ("ruff check", "ruff format --check", "mypy")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow tells of the machine's CPU, at length
 
@@ -34,6 +38,8 @@ def main(arguments):
     start = time.monotonic()
     broken = [check for check in CHECKS if run(check.split())]
     results = {backend: run_pytest(backend, arguments) for backend in backends}
+    if "torch" in backends and not arguments and find_spec("triton"):
+        results["triton"] = run_pytest("torch", TRITON, TRITON_INTERPRET="1")
 
     print("\nbackend     passed  failed  errors  skipped  seconds")
     for backend, result in results.items():
@@ -50,7 +56,7 @@ def main(arguments):
 NO_COUNTS = dict.fromkeys(("failed", "passed", "skipped", "errors"), 0)
 
 
-def run_pytest(backend, arguments):
+def run_pytest(backend, arguments, **settings):
     start, counts, exit_codes = time.monotonic(), dict(NO_COUNTS), []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
@@ -63,7 +69,7 @@ def run_pytest(backend, arguments):
         for marked, environment in parts:
             command = ["pytest", "-n2", "--dist=worksteal", f"--junitxml={path}", *marked]
             # Two workers of one thread each: torch is slow where threads outnumber cores.
-            environment = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"} | environment
+            environment = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"} | settings | environment
             exit_codes.append(run([*command, *arguments], **environment))
             for suite in ElementTree.parse(path).iter("testsuite") if path.exists() else ():
                 found = {name: int(suite.get(name)) for name in ("failures", "errors", "skipped")}

@@ -317,17 +317,25 @@ def answers(op, kernel, case):
     return run(tensors, expected.weights, case.flags())
 
 
+def serving(op, case):
+    """The kernels that can serve a case, best first."""
+    inputs, state = OPS[op].inputs(case)
+    tensors = [as_tensor(x, case.dtype) for x in inputs.values()]
+    tensors += [as_tensor(x, "float32") for x in state.values()]
+    verdicts = {
+        kernel: call(op, kernels.explain, tensors, case.flags(), op=op, kernel=kernel)
+        for kernel in kernels.available(op)
+    }
+    return [kernel for kernel, verdict in verdicts.items() if f"* {kernel}:" in verdict]
+
+
 def served(op):
     """Parametrizes a test over the kernels of `op`, each with the cases that it does not refuse."""
-    pairs = []
-    for name, case in OPS[op].cases.items():
-        inputs, state = OPS[op].inputs(case)
-        tensors = [as_tensor(x, case.dtype) for x in inputs.values()]
-        tensors += [as_tensor(x, "float32") for x in state.values()]
-        for kernel in kernels.available(op):
-            verdicts = call(op, kernels.explain, tensors, case.flags(), op=op, kernel=kernel)
-            if f"* {kernel}:" in verdicts:
-                pairs.append(pytest.param(kernel, case, id=f"{kernel}-{name}"))
+    pairs = [
+        pytest.param(kernel, case, id=f"{kernel}-{name}")
+        for name, case in OPS[op].cases.items()
+        for kernel in serving(op, case)
+    ]
     return pytest.mark.parametrize("kernel, case", pairs)
 
 

@@ -1,4 +1,12 @@
+import os
+import sys
 from importlib.metadata import entry_points
+
+# Triton and TensorFlow bring an LLVM each, and a process that has loaded both may end in an error
+# of it. torch loads Triton where it can, and KerasHub TensorFlow. So only those tests may load
+# Triton that run its kernels, interpreted (see `__main__.py`) or on a GPU.
+if "TRITON_INTERPRET" not in os.environ and "gpu" not in sys.argv:
+    sys.modules["triton"] = None  # type: ignore[assignment]
 
 import keras
 import pytest

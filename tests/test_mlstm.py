@@ -5,7 +5,6 @@ import oracle
 import pytest
 from conformance import BOTH, Case, Truth, mlstm_inputs, truth
 
-from keras_xlstm import kernels
 from keras_xlstm.ops import mlstm, mlstm_step
 
 pytestmark = pytest.mark.compiled
@@ -24,7 +23,7 @@ def test_gradients(kernel, case):
     conformance.check_gradients("mlstm", kernel, case)
 
 
-@pytest.mark.parametrize("kernel", [name for name in kernels.available() if name != "step"])
+@pytest.mark.parametrize("kernel", conformance.serving("mlstm", BOTH))
 def test_calls_continue_each_other(kernel):
     conformance.check_calls_continue("mlstm", kernel)
 

@@ -4,10 +4,11 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_triton import eager_linear, eager_mlstm, traced
+    from keras_xlstm_triton import eager_linear, eager_mlstm, mlstm, traced
     from keras_xlstm_triton.eager_linear import why_not
     from keras_xlstm_triton.eager_slstm import slstm
 
+    kernels.register("triton", mlstm.mlstm, mlstm.why_not, priority=20, how=mlstm.how)
     kernels.register("torch", eager_mlstm.mlstm, why_not, priority=10, how=eager_mlstm.how)
     kernels.register("torch", slstm, why_not, op="slstm", priority=10)
     kernels.register(

@@ -184,23 +184,30 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        """The gradient's own, which torch derives from the same chunks in `keras.ops`."""
-
-        def outputs(*inputs):
-            h, state = chunkwise(*inputs[:6], inputs[6:], chunk_size=ctx.L, eps=ctx.eps)
-            return h, *state
-
-        def gradient(*tensors):
-            return torch.func.vjp(outputs, *tensors[4:])[1](tensors[:4])
-
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            second = torch.func.vjp(gradient, *ctx.saved_tensors)[1](gradients)
+        second = second_gradients(ctx.L, ctx.eps, ctx.saved_tensors, gradients)
         constants = len(ctx.needs_input_grad) - 2 - len(second)
         return None, None, *second, *[None] * constants
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return fold_into_batch(Gradient, info.batch_size, in_dims, args)
+
+
+def second_gradients(L, eps, tensors, gradients):
+    """The gradient's own, which torch derives from the same chunks in `keras.ops`.
+
+    `tensors` are the gradients of h, C, n and m, and the inputs.
+    """
+
+    def outputs(*inputs):
+        h, state = chunkwise(*inputs[:6], inputs[6:], chunk_size=L, eps=eps)
+        return h, *state
+
+    def gradient(*tensors):
+        return torch.func.vjp(outputs, *tensors[4:])[1](tensors[:4])
+
+    with torch.autocast(gradients[0].device.type, enabled=False):
+        return torch.func.vjp(gradient, *tensors)[1](gradients)
 
 
 class Span:

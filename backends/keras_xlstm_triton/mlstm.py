@@ -1,0 +1,322 @@
+"""The chunkwise mLSTM for torch on GPUs: launches the kernels of `mlstm_walk.py`."""
+
+import functools
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from keras_xlstm_triton.eager_mlstm import (
+    fold_into_batch,
+    inner,
+    second_gradients,
+    to_the_maximum,
+)
+from keras_xlstm_triton.mlstm_plan import WIDEST, Device, plan
+
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+INSTALLED = importlib.util.find_spec("triton") is not None
+SCAN = 1024  # steps that `stabilizers` scans at a time
+
+
+def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None):
+    """A kernel of the operation "mlstm"; `segments` as the cost model would choose them."""
+    dtype = functools.reduce(torch.promote_types, (k.dtype, v.dtype), q.dtype)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    s = s.view_as(s)  # where it is i itself: Dynamo wants inputs apart
+    with torch.autocast(q.device.type, enabled=False):
+        options = chunk_size or 0, segments or 0, eps
+        h, C, n, m, *_ = Chunkwise.apply(*options, q, k, v, i, log_f, s, *state)
+    return h, (C, n, m)
+
+
+def why_not(q, k, v, *args, **kwargs):
+    if q.device.type == "meta":  # where Keras asks for the shape of an output
+        return "leaves tensors without numbers to the plain form"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "leaves a graph to export to the plain form"
+    if q.device.type != "cuda" and not (interpreted() and q.device.type == "cpu"):
+        return f"needs CUDA tensors, received {q.device.type}"
+    if not INSTALLED:
+        return "needs Triton, which is not installed"
+    dtypes = {x.dtype for x in (q, k, v)}
+    if not dtypes <= set(DTYPES):
+        return f"needs float32, float16 or bfloat16, received {sorted(map(str, dtypes))}"
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return f"needs heads of at most {WIDEST}, received {q.shape[-1]} and {v.shape[-1]}"
+    if interpreted() and torch.bfloat16 in dtypes:
+        return "needs a GPU for bfloat16, which Triton's interpreter does not multiply"
+
+
+def interpreted():
+    """Whether Triton runs kernels on the CPU, one operation of NumPy after the other."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+
+def how(q, k, v, *args, chunk_size, **kwargs):
+    return str(plan_of(q, v, chunk_size))
+
+
+def plan_of(q, v, chunk_size=None, segments=None):
+    B, S, NH, DHQK = q.shape
+    sizes = *map(int, (S, B * NH)), DHQK, v.shape[-1]  # a number each, where they are traced
+    return plan(q.dtype, *sizes, Device.of(q), chunk_size or None, segments or None)
+
+
+# Launches
+
+
+class Calls:
+    """Launches walks over the same sequence."""
+
+    def __init__(self, plan, q, v, eps, **tensors):
+        (self.B, self.S, self.NH, self.DHQK), self.DHHV = q.shape, v.shape[-1]
+        self.plan, self.eps, self.tensors = plan, eps, tensors
+        self.chunks = -(-self.S // plan.L)
+        self.chunks_each = -(-self.chunks // plan.segments)
+        self.dtypes = dict(zip(("DOT", "PRECISION"), operands(q.dtype), strict=True))
+
+    def walk(self, name, a, b, c, d=None, *, OUT=True, **tensors):
+        from keras_xlstm_triton.mlstm_walk import walk
+
+        by_key = name in ("dq", "dk")
+        tiles = self.plan.by_key if by_key else self.plan.by_value
+        widths = (self.DHHV, self.DHQK) if by_key else (self.DHQK, self.DHHV)
+        a, d = (b if x is None else x for x in (a, d))  # what this walk does not read
+        arrays = [stride for x in (a, b, c, d) for stride in x.stride()[:3]]
+        tensors = dict.fromkeys(STEPS + STATES, b) | self.tensors | tensors
+        segments = self.plan.segments
+        walk[(self.B * self.NH * segments * tiles.count(widths[1]),)](
+            a, b, c, d, tensors.pop("out", b), *arrays, **tensors, **self.dtypes,
+            S=self.S, NH=self.NH, segments=segments,
+            chunks=self.chunks, chunks_each=self.chunks_each, eps=self.eps,
+            FULL_WIDTH=widths[0], TILE_WIDTH=widths[1], SLICE=tiles.slice, TILE=tiles.tile,
+            L=self.plan.L, WALK=name, OUT=OUT, num_warps=tiles.warps, num_stages=1,
+        )  # fmt: skip
+
+    def before_segments(self, name, b, c, C, n, memories):
+        """The memories that segments start from, of a first one and what `b` and `c` add."""
+        from keras_xlstm_triton.mlstm_steps import chain
+
+        segments, heads = self.plan.segments, self.B * self.NH
+        if segments == 1:
+            return C, n
+        over = n.new_empty(heads, segments)
+        out = {"C_out": memories[0], "n_out": memories[1], "over_out": over}
+        self.walk(name, None, b, c, OUT=False, **out)
+        for memory, first in zip(memories, (C, n), strict=True):
+            size = first[0, 0].numel()
+            block = min(1024, 1 << (size - 1).bit_length())
+            grid = (heads * -(-size // block),)
+            chain[grid](memory, over, first, segments, size, BACK=name == "dk", BLOCK=block)
+        return memories
+
+
+STEPS = "weights", "over", "reads", "nq", "di", "dlog_f"
+STATES = "C_in", "n_in", "C_out", "n_out", "over_out", "C_kept", "n_kept"
+
+
+def operands(dtype):
+    """Of operands that are computed, the dtype and the precision of products.
+
+    Weights and memories may be too small for float16: beside it they are float32, and tensor cores
+    multiply them as tf32, which holds float16 exactly.
+    """
+    from triton import language as tl
+
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "tf32"
+    return tl.float32, "tf32" if dtype == torch.float16 else "ieee"
+
+
+def readable(x):
+    """Strides may be any, but the last axis must lie in one piece."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, s: Tensor,
+    C: Tensor, n: Tensor, m_in: Tensor, chunk_size: int, segments: int, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    """h, C, n; of each step m, n^T q and what gates weigh; and the memories before segments."""
+    from keras_xlstm_triton.mlstm_steps import stabilizers, weigh
+
+    plan, shapes = plan_of(q, v, chunk_size, segments), forward_shapes(q, v, chunk_size, segments)
+    h, C_end, n_end, m, nq, weights, over, *starts = shapes
+    B, S, NH, DHQK = q.shape
+    block = min(1 << (S - 1).bit_length(), SCAN)
+    stabilizers[(B * NH,)](log_f, s, m_in, m, S, NH, BLOCK=block, num_warps=4)
+    calls = Calls(plan, q, v, eps, weights=weights, over=over)
+    weigh[(B * NH * calls.chunks,)](
+        i, log_f, m, m_in, weights, over, S, NH, calls.chunks, -0.5 * math.log(DHQK), L=plan.L,
+        num_warps=1,
+    )  # fmt: skip
+    C_in, n_in = calls.before_segments("dq", v, k, C, n, starts)
+    states = {"C_in": C_in, "n_in": n_in, "C_out": C_end, "n_out": n_end}
+    calls.walk("h", q, k, v, out=h, nq=nq, **states)
+    return shapes
+
+
+def forward_shapes(q, v, chunk_size, segments):
+    """Tensors for what `forward` returns."""
+    plan, (B, S, NH, DHQK), DHHV = plan_of(q, v, chunk_size, segments), q.shape, v.shape[-1]
+    chunks, starts = -(-S // plan.L), plan.segments if plan.segments > 1 else 0
+    new = functools.partial(q.new_empty, dtype=torch.float32)
+    return [
+        v.new_empty(v.shape),
+        *(new(B, NH, DHQK, DHHV), new(B, NH, DHQK)),
+        *(new(B, S, NH), new(B, NH, chunks, plan.L), new(B, NH, chunks, 7, plan.L)),
+        new(B, NH, chunks),
+        *(new(B, NH, starts, DHQK, DHHV), new(B, NH, starts, DHQK)),
+    ]
+
+
+def backward(
+    dh: Tensor, dC: Tensor, dn: Tensor, q: Tensor, k: Tensor, v: Tensor, C: Tensor, n: Tensor,
+    h: Tensor, m: Tensor, nq: Tensor, weights: Tensor, over: Tensor, C_in: Tensor, n_in: Tensor,
+    chunk_size: int, segments: int, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of q, k, v, of C and n, of all m, and in parts those of i and log_f.
+
+    Those of all but m take m as a constant.
+    """
+    from keras_xlstm_triton.mlstm_steps import through_denominator
+
+    plan = plan_of(q, v, chunk_size, segments)
+    calls = Calls(plan, q, v, eps, weights=weights, over=over)
+    (B, S, NH, DHQK), DHHV, chunks = q.shape, v.shape[-1], calls.chunks
+    gradients = backward_shapes(q, k, v, C, n, m, chunk_size, segments)
+    dq, dk, dv, dC_first, dn_first, dm, di, dlog_f = gradients
+    reads = m.new_empty(B, NH, chunks, 2, plan.L)
+    through_denominator[(B * NH * chunks,)](
+        dh, *dh.stride()[:3], h, nq, weights, reads, dm, S, NH, chunks, eps,
+        DHHV=DHHV, WIDTH=min(1 << (DHHV - 1).bit_length(), 64), L=plan.L, num_warps=4,
+    )  # fmt: skip
+    calls.tensors["reads"] = reads
+    if plan.segments == 1:
+        C_in, n_in = C, n
+
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    kept = {
+        "C_kept": C.new_empty(B, NH, chunks, DHQK, DHHV, dtype=dtype),
+        "n_kept": n.new_empty(B, NH, chunks, DHQK),
+        "dlog_f": dlog_f,
+    }
+    calls.walk("dq", dh, v, k, q, out=dq, C_in=C_in, n_in=n_in, **kept)
+    starts = [x.new_empty(B, NH, plan.segments, *x.shape[2:]) for x in (C, n)]
+    dC, dn = calls.before_segments("dk", dh, q, dC, dn, starts)
+    states = {"C_in": dC, "n_in": dn, "C_out": dC_first, "n_out": dn_first}
+    calls.walk("dk", v, dh, q, k, out=dk, di=di, **kept, **states)
+    calls.walk("dv", k, q, dh, out=dv, **states)
+    return gradients
+
+
+def backward_shapes(q, k, v, C, n, m, chunk_size, segments):
+    """Tensors for what `backward` returns."""
+    plan, (B, S, NH, DHQK) = plan_of(q, v, chunk_size, segments), q.shape
+    gates = plan.by_key.count(DHQK), B, NH, -(-S // plan.L) * plan.L
+    alike = [x.new_empty(x.shape) for x in (q, k, v, C, n, m)]
+    return [*alike, m.new_empty(gates), m.new_empty(gates)]
+
+
+def operator(name, function, shapes):
+    """The function itself, but in what torch.compile traces one operator."""
+    traced = torch.library.custom_op(f"keras_xlstm::{name}", function, mutates_args=())
+    traced.register_fake(shapes)
+
+    def call(*args):
+        return (traced if torch.compiler.is_compiling() else function)(*args)
+
+    return call
+
+
+forward_operator = operator(
+    "mlstm_forward",
+    forward,
+    lambda q, k, v, i, log_f, s, C, n, m_in, chunk_size, segments, eps: forward_shapes(
+        q, v, chunk_size, segments
+    ),
+)
+backward_operator = operator(
+    "mlstm_backward",
+    backward,
+    lambda dh, dC, dn, q, k, v, C, n, h, m, nq, weights, over, C_in, n_in, *options: (
+        backward_shapes(q, k, v, C, n, m, *options[:2])
+    ),
+)
+
+# Autograd
+
+
+class Chunkwise(torch.autograd.Function):
+    """h, C, n and m, and what the gradient needs."""
+
+    @staticmethod
+    def forward(chunk_size, segments, eps, q, k, v, i, log_f, s, C, n, m):
+        q, k, v = map(readable, (q, k, v))
+        i, log_f, s, C, n, m = (x.contiguous() for x in (i, log_f, s, C, n, m))
+        tensors = q, k, v, i, log_f, s, C, n, m
+        h, C, n, *kept = forward_operator(*tensors, chunk_size, segments, eps)
+        return h, C, n, kept[0][:, -1].clone(), *kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        *ctx.options, q, k, v, i, log_f, s, C, n, m = inputs
+        ctx.mark_non_differentiable(*outputs[4:])
+        ctx.set_materialize_grads(False)  # zeros for all that is kept
+        ctx.save_for_backward(q, k, v, i, log_f, s, C, n, m, *outputs)
+
+    @staticmethod
+    def backward(ctx, *d_outputs):
+        saved = ctx.saved_tensors
+        d_outputs = [
+            torch.zeros_like(x) if dx is None else dx
+            for x, dx in zip(saved[9:13], d_outputs[:4], strict=True)
+        ]
+        # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
+        gradient = Gradient.forward if torch.compiler.is_compiling() else Gradient.apply
+        with torch.autocast(saved[0].device.type, enabled=False):
+            gradients = gradient(*ctx.options, *d_outputs, *saved)
+        return None, None, None, *gradients
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return fold_into_batch(Chunkwise, info.batch_size, in_dims, args)
+
+
+class Gradient(torch.autograd.Function):
+    """The gradients with respect to q, k, v, i, log_f, s, C, n and m."""
+
+    @staticmethod
+    def forward(chunk_size, segments, eps, dh, dC, dn, dm, *saved):
+        q, k, v, i, log_f, s, C, n, m, h, C_end, n_end, _, m_t, *kept = saved
+        q, k, v, dh = map(readable, (q, k, v, dh))
+        C, n, dC, dn = (x.contiguous() for x in (C, n, dC, dn))
+        tensors = dh, dC, dn, q, k, v, C, n, h, m_t, *kept
+        gradients = backward_operator(*tensors, chunk_size, segments, eps)
+        *gradients, dC_first, dn_first, dm_t, di, dlog_f = gradients
+        di, dlog_f = (x.sum(0)[..., : q.shape[1]].transpose(1, 2) for x in (di, dlog_f))
+        # A stabilizer only scales, so its gradient cancels, but for eps and the last state. What
+        # is left flows to the step that set the maximum.
+        dm = dm - inner(dC, C_end) - inner(dn, n_end)
+        ds, more_log_f, dm = to_the_maximum(dm_t.double(), dm, m_t.double(), log_f, s, m)
+        dm = dm + inner(dC_first, C) + inner(dn_first, n)
+        gates = (x.to(i.dtype) for x in (di, dlog_f + more_log_f, ds))
+        return *gradients, *gates, dC_first, dn_first, dm.to(m.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        *ctx.options, _, _, _, _ = inputs[:7]
+        ctx.save_for_backward(*inputs[3:16])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        chunk_size, _, eps = ctx.options
+        second = second_gradients(chunk_size or 64, eps, ctx.saved_tensors, gradients)
+        return None, None, None, *second, *[None] * (len(ctx.needs_input_grad) - 3 - len(second))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return fold_into_batch(Gradient, info.batch_size, in_dims, args)

@@ -1,0 +1,157 @@
+"""The Triton kernels, without a GPU: interpreted, and in the real compilers.
+
+`python -m tests` runs this file, and the conformance suite, with TRITON_INTERPRET=1, which makes
+Triton compute on the CPU. `pytest -m gpu` runs the suite on a GPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import conformance
+import keras
+import numpy as np
+import pytest
+from conformance import BOTH, MLSTM_CASES, Case
+
+from keras_xlstm import kernels
+from keras_xlstm.ops import mlstm
+
+if keras.backend.backend() != "torch":
+    pytest.skip("Triton serves torch", allow_module_level=True)
+import torch
+from keras_xlstm_triton import mlstm as triton_mlstm
+from keras_xlstm_triton.mlstm_plan import Device, plan, split
+
+INTERPRETED = triton_mlstm.interpreted() and importlib.util.find_spec("triton") is not None
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="a row of its own in `python -m tests`")
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each program of the split form has a segment of the sequence, the last of them a shorter one.
+SPLIT = "plain", "mask-all", "i-f-mixed-mask-and-reset", "one-step", "200-steps", "float16"
+WIDE = {
+    "float32": Case(S=37, mask="holes", reset="some", B=1, NH=2, DHQK=40, DHHV=20),
+    "float16": Case(S=70, mask="right", B=1, NH=1, DHQK=72, DHHV=136, dtype="float16"),
+}
+
+
+@pytest.fixture
+def split_form():
+    serve = partial(triton_mlstm.mlstm, segments=3)
+    kernels.register("split", serve, triton_mlstm.why_not, priority=-100)
+    yield "split"
+    kernels._kernels["mlstm"].pop("split")
+
+
+@interpreted
+@pytest.mark.parametrize("name", SPLIT)
+def test_split(split_form, name):
+    conformance.check_values_and_states("mlstm", split_form, MLSTM_CASES[name])
+    conformance.check_gradients("mlstm", split_form, MLSTM_CASES[name])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", WIDE)
+def test_several_tiles_and_slices(dtype):
+    case = WIDE[dtype]
+    conformance.check_values_and_states("mlstm", "triton", case)
+    conformance.check_gradients("mlstm", "triton", case)
+
+
+@interpreted
+def test_strides_of_any_kind():
+    """q, k and v of one projection, heads before steps, and a gradient that is one number."""
+    case = replace(BOTH, S=20, DHQK=8, DHHV=8)
+    inputs, _ = conformance.mlstm_inputs(case)
+    q, k, v, i, f = (torch.tensor(x, dtype=torch.float32) for x in inputs.values())
+    packed = torch.stack([q, k, v]).permute(1, 3, 2, 0, 4).contiguous().requires_grad_()
+
+    def outputs(kernel):
+        q, k, v = packed.transpose(1, 2).unbind(3)
+        assert not q.is_contiguous()
+        h = mlstm(q, k, v, i, f, kernel=kernel, **case.flags())
+        return h, *torch.autograd.grad(h.sum(), packed)
+
+    for ours, theirs in zip(outputs("triton"), outputs("chunkwise"), strict=True):
+        np.testing.assert_allclose(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_results_are_the_same_each_time():
+    one, two = (conformance.answers.__wrapped__("mlstm", "triton", BOTH) for _ in range(2))
+    for x, y in zip((*one[0], *one[1]), (*two[0], *two[1]), strict=True):
+        assert torch.equal(x, y)
+
+
+@interpreted
+def test_bfloat16_is_left_to_a_gpu():
+    q = torch.zeros(1, 20, 2, 16, dtype=torch.bfloat16)
+    i = torch.zeros(1, 20, 2)
+    assert "triton: needs a GPU for bfloat16" in kernels.explain(q, q, q, i, i)
+
+
+def test_explain_tells_form_and_sizes():
+    sizes = plan(torch.bfloat16, 8192, 64, 256, 512, Device())
+    assert str(sizes) == (
+        "fused, in chunks of 64 steps, by 32 values a program, and backward also by 16 keys"
+    )
+    sizes = plan(torch.bfloat16, 16384, 1, 128, 256, Device(), chunk_size=40)
+    assert "split into" in str(sizes) and sizes.L == 64
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5, 64, 1000])
+@pytest.mark.parametrize("programs", [1, 8, 131, 132, 133, 5000])
+def test_segments_fill_the_device(chunks, programs):
+    segments = split(chunks, programs, 132)
+    assert 1 <= segments <= chunks
+    if programs in (132, 5000) or chunks == 1:
+        assert segments == 1
+    elif chunks >= 64 and programs <= 8:
+        assert 16 <= programs * segments <= 132
+
+
+def test_a_cpu_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # to import it is an error
+import keras_xlstm as kx, torch
+q = torch.ones(1, 5, 1, 4)
+kx.ops.mlstm(q, q, q, q[..., 0], q[..., 0])
+print(kx.kernels.explain(q, q, q, q[..., 0], q[..., 0]))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    assert "triton: needs CUDA tensors, received cpu" in result.stdout
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "sm_90 --dtypes bfloat16 --widths 64x64 256x512",
+        "sm_90 --dtypes float16 float32 --widths 128x128 --walks h dk",
+        "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128x256 --walks dq dv",
+    ],
+)
+def test_compiles(arguments):
+    """No spills of bfloat16 on sm_90, no more shared memory than there is, and tensor cores."""
+    command = [sys.executable, "examples/benchmarks/kernels.py", "--compile", *arguments.split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MLSTM_CASES)
+def test_on_a_gpu(name):
+    """Keras creates tensors on the GPU where there is one."""
+    case = MLSTM_CASES[name]
+    assert "triton" in conformance.serving("mlstm", case)
+    conformance.check_values_and_states("mlstm", "triton", case)
+    conformance.check_gradients("mlstm", "triton", case)
