@@ -66,11 +66,11 @@ def run_pytest(backend, arguments, **settings):
             parts = [([], fast)]
         elif "-m" in arguments:
             parts = [([], {})]
+        # Two workers of one thread each: torch is slow where threads outnumber cores.
+        settings |= {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
         for marked, environment in parts:
             command = ["pytest", "-n2", "--dist=worksteal", f"--junitxml={path}", *marked]
-            # Two workers of one thread each: torch is slow where threads outnumber cores.
-            environment = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"} | settings | environment
-            exit_codes.append(run([*command, *arguments], **environment))
+            exit_codes.append(run([*command, *arguments], **settings | environment))
             for suite in ElementTree.parse(path).iter("testsuite") if path.exists() else ():
                 found = {name: int(suite.get(name)) for name in ("failures", "errors", "skipped")}
                 counts["passed"] += int(suite.get("tests")) - sum(found.values())
