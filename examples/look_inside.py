@@ -114,13 +114,12 @@ def plot(traces, text, path):
         row[2].set(title="stabilizer m, nats", xlim=(0, S))
         if trace.kind == "mlstm":
             row[3].plot(ranks(trace))
-            row[3].set(title="effective rank of C, a line a head", xlim=(0, S), ylim=(0, None))
+            row[3].set(title="rank of C, a line a head", xlim=(0, S), ylim=(0, None))
         else:
             row[3].plot(np.sort(trace.half_life(), axis=-1).T)
-            row[3].set(title="half-life of the units in each head, steps", yscale="log")
-    letters = [number for number in range(0, len(text), 20)]
+            row[3].set(title="half-life of units, a line a head", yscale="log")
     for axes in rows[-1, :3]:
-        axes.set(xticks=letters, xlabel="bytes read")
+        axes.set(xlabel="bytes read")
     figure.savefig(path, dpi=72)
 
 

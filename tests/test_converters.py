@@ -327,6 +327,13 @@ def test_config_errors(tmp_path, change, message):
         load(folder)
 
 
+def test_a_config_that_is_no_json_is_named(tmp_path):
+    folder = write_folder(tmp_path / "hf", {})
+    (tmp_path / "hf" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="hf': config.json must hold JSON"):
+        load(folder)
+
+
 def test_config_comes_back(tmp_path):
     factors = dict(qk_dim_factor=0.51, v_dim_factor=0.75, ffn_proj_factor=1.3)
     config = CONFIG | factors | dict(ffn_round_up_to_multiple_of=8)
@@ -795,6 +802,8 @@ def test_states_of_the_xlstm_package():
         (dict(slstm_block={"feedforward": None}), "must have a `feedforward`"),
         (dict(slstm_block={"feedforward": {"act_fn": "relu"}}), "`act_fn` must be 'gelu'"),
         (dict(num_blocks=4), '"blocks.3.* is missing'),
+        (dict(slstm_at="some"), "`slstm_at` must be a list of layer indices.*'some'"),
+        (dict(slstm_block=[1]), r"`slstm_block` must hold names and values.*\[1\]"),
     ],
 )
 def test_xlstm_config_errors(change, message):

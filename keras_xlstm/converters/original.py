@@ -66,15 +66,19 @@ def stack_config(config, file):
     num_layers = number(config, "num_blocks", 1, file)
     slstm_at = config.get("slstm_at") or []
     blocks = {
-        "mlstm_block": _mlstm_block(config.get("mlstm_block") or {}, file),
-        "slstm_block": _slstm_block(config.get("slstm_block") or {}, file),
+        "mlstm_block": _mlstm_block(_nested(config, "mlstm_block", file), file),
+        "slstm_block": _slstm_block(_nested(config, "slstm_block", file), file),
     }
     if slstm_at == "all" or config.get("mlstm_block") is None:
         slstm_at = range(num_layers)
+    elif isinstance(slstm_at, str) or not all(isinstance(i, int) for i in slstm_at):
+        raise ValueError(
+            f"{file}: `slstm_at` must be a list of layer indices, or 'all'. Received: {slstm_at!r}."
+        )
     return {
         "num_layers": num_layers,
         "hidden_dim": number(config, "embedding_dim", 128, file),
-        "slstm_at": [int(i) for i in slstm_at],
+        "slstm_at": list(slstm_at),
         "block_style": "original",
         "norm_epsilon": NORM_EPSILON,
         "num_heads": blocks["mlstm_block"]["num_heads"],
@@ -82,8 +86,15 @@ def stack_config(config, file):
     }
 
 
+def _nested(config, name, file):
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: `{name}` must hold names and values. Received: {value!r}.")
+    return value
+
+
 def _mlstm_block(config, file):
-    layer = config.get("mlstm") or {}
+    layer = _nested(config, "mlstm", file)
     refuse(layer, dict(bias=False, round_proj_up_dim_up=True), file)
     return {
         "num_heads": number(layer, "num_heads", 4, file),
@@ -95,14 +106,14 @@ def _mlstm_block(config, file):
 
 
 def _slstm_block(config, file):
-    layer = config.get("slstm") or {}
+    layer = _nested(config, "slstm", file)
     refuse(layer, dict(group_norm_weight=True, function="slstm", forward_clipval=None), file)
     if "feedforward" in config and config["feedforward"] is None:
         raise ValueError(
             f"{file}: `slstm_block` must have a `feedforward`: keras_xlstm has no sLSTM block "
             "without. Received: feedforward=None."
         )
-    ffn = config.get("feedforward") or {}
+    ffn = _nested(config, "feedforward", file)
     refuse(
         ffn, dict(bias=False, act_fn="gelu", ff_type="ffn_gated", round_proj_up_dim_up=True), file
     )

@@ -92,7 +92,7 @@ class XLSTMCausalLM(CausalLM):
             path: str, the folder.
             weight_mode: `"single"`, or `"fused"` for one matrix where several read the same input.
                 AutoModelForCausalLM of `transformers` 5.23 fails on fused folders with more than
-                one head, its own included; its class takes their tensors by `load_state_dict`.
+                one head, its own included.
             max_shard_size: float, gigabytes a file.
         """
         tokenizer = getattr(self.preprocessor, "tokenizer", None)

@@ -61,7 +61,12 @@ def register():
     @functools.wraps(known)
     def get_preset_loader(preset):
         if preset_utils.check_file_exists(preset, transformers.CONFIG_FILE):
-            config = preset_utils.load_json(preset, transformers.CONFIG_FILE)
+            try:
+                config = preset_utils.load_json(preset, transformers.CONFIG_FILE)
+            except ValueError as e:
+                raise ValueError(
+                    f"'{preset}': {transformers.CONFIG_FILE} must hold JSON ({e})."
+                ) from e
             if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE:
                 return XLSTMPresetLoader(preset, config)
         return known(preset)
