@@ -42,7 +42,7 @@ class Chunks:
         L = chunk_size or (64 if DHQK * DHHV < 2**16 else 128)
         if not isinstance(S, int):  # a symbol
             return cls(L, 1)
-        chunks = -(-S // L)
+        chunks = max(-(-S // L), 1)
         L = min(L, S) if chunk_size else -(-S // chunks)  # of equal lengths: little to fill up
         rows = B if isinstance(B, int) else 1
         most = GROUP_SIZE // (rows * NH * max(L * L, L * DHHV, DHQK * DHHV))
