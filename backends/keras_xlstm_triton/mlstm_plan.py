@@ -12,18 +12,18 @@ SMALLEST = 16  # a side of a product on tensor cores
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan depends on."""
+    """What a plan depends on; as it stands, an H100."""
 
-    shared_memory: int = 227 * 1024  # bytes that a program may have
     processors: int = 132
+    reads_shared_memory: bool = True  # tensor cores do, and need no registers for operands
 
     @classmethod
     def of(cls, x):
         if x.device.type != "cuda":
-            return cls()  # interpreted: as if it were an H100
+            return cls()  # interpreted
         properties = torch.cuda.get_device_properties(x.device)
-        shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-        return cls(shared, properties.multi_processor_count)
+        is_new = torch.version.hip is None and properties.major >= 9
+        return cls(properties.multi_processor_count, is_new)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Plan:
 
 def plan(dtype, S, heads, DHQK, DHHV, device, chunk_size=None, segments=None):
     """The sizes for a call. `chunk_size` is rounded to what the kernels have."""
-    L = min(power_of_two(chunk_size or MOST), power_of_two(S), longest(dtype))
-    by_value, by_key = tiles_of(dtype, DHQK, DHHV)
+    L = min(power_of_two(chunk_size or MOST), power_of_two(S), longest(dtype, device))
+    by_value, by_key = tiles_of(dtype, DHQK, DHHV, device)
     chunks = max(-(-S // L), 1)
     programs = heads * by_value.count(DHHV)
     segments = segments or split(chunks, programs, device.processors)
@@ -65,25 +65,31 @@ def plan(dtype, S, heads, DHQK, DHHV, device, chunk_size=None, segments=None):
 
 MOST = 64
 WIDEST = 512  # heads; beyond, even the smallest tile does not fit the registers
-MEMORY = 2**13  # elements on chip: 32 registers of 256 threads; with twice as many, some spill
+MEMORY = 2**13  # elements on chip: 32 registers of each thread; with twice as many, some spill
 
 
-def longest(dtype):
-    """Steps of a chunk. Without tensor cores, operands fill the registers."""
-    return 16 if dtype == torch.float32 else 64
+def longest(dtype, device):
+    """Steps of a chunk, a power of two."""
+    if dtype == torch.float32:  # no tensor cores
+        return 16
+    return 64 if device.reads_shared_memory else 32
 
 
-def tiles_of(dtype, DHQK, DHHV):
+def tiles_of(dtype, DHQK, DHHV, device):
     """By value and by key."""
-    return tiles(dtype, DHQK, DHHV, most=64), tiles(dtype, DHHV, DHQK, most=32)
-
-
-def tiles(dtype, full, width, most):
+    fits, widest = (MEMORY, 64) if device.reads_shared_memory else (MEMORY // 2, 32)
+    if dtype == torch.float16:  # operands that are computed are in float32 beside it
+        fits //= 4
     if dtype == torch.float32:
-        return Tiles(16, 16, 4)
-    fits = MEMORY if dtype == torch.bfloat16 else MEMORY // 2
-    tile = min(most, power_of_two(width), max(fits // power_of_two(full), SMALLEST))
-    return Tiles(min(64, power_of_two(full)), tile, 8)
+        widest = SMALLEST
+
+    def tiles(full, width, widest):
+        tile = min(widest, power_of_two(width), max(fits // power_of_two(full), SMALLEST))
+        if dtype == torch.float32:
+            return Tiles(16, tile, 4)
+        return Tiles(min(64, power_of_two(full)), tile, 8)
+
+    return tiles(DHQK, DHHV, widest), tiles(DHHV, DHQK, min(widest, 32))
 
 
 def split(chunks, programs, processors):

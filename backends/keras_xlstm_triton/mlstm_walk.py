@@ -183,7 +183,7 @@ def walk(
                         tl.store(C_at, M[x].to(C_kept.dtype.element_ty), mask=in_memory)
                     else:
                         C = tl.load(C_at, mask=in_memory, other=0.0).to(tl.float32)
-                        across += tl.sum(tl.sum(C * M[x], 0), 0)
+                        across += tl.sum(C * M[x])
             b_y = tl.trans(b_y).to(DOT)
             M_new = M[x] * over_chunk
             M_next = M_next + (tl.dot(b_y, weighted, M_new, input_precision=PRECISION),)

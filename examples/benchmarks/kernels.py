@@ -37,18 +37,21 @@ def compiled(target, dtype, widths, walk, out):
     import torch
     import triton
     from keras_xlstm_triton.mlstm import operands
-    from keras_xlstm_triton.mlstm_plan import longest, tiles_of
+    from keras_xlstm_triton.mlstm_plan import Device, longest, tiles_of
     from keras_xlstm_triton.mlstm_walk import walk as kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     torch_dtype, (DHQK, DHHV) = getattr(torch, dtype), map(int, widths.split("x"))
-    by_value, by_key = tiles_of(torch_dtype, DHQK, DHHV)
+    # As `Device.of` says of it.
+    device = Device(reads_shared_memory=target in ("sm_90", "sm_100"))
+    by_value, by_key = tiles_of(torch_dtype, DHQK, DHHV, device)
     tiles, full, part = (by_key, DHHV, DHQK) if walk in ("dq", "dk") else (by_value, DHQK, DHHV)
     dot, precision = operands(torch_dtype)
+    L = longest(torch_dtype, device)
     constants = {
         "FULL_WIDTH": full, "TILE_WIDTH": part, "SLICE": tiles.slice, "TILE": tiles.tile,
-        "L": longest(torch_dtype), "WALK": walk, "OUT": out, "DOT": dot, "PRECISION": precision,
+        "L": L, "WALK": walk, "OUT": out, "DOT": dot, "PRECISION": precision,
     }  # fmt: skip
 
     def type_of(name):
@@ -105,7 +108,7 @@ def problems(row):
     target, dtype, _, _, _, spills, shared, tensor_cores = row
     if shared > SHARED[target] * 1024:
         yield f"needs {shared} bytes of shared memory"
-    if spills and dtype == "bfloat16" and target == "sm_90":
+    if spills and dtype == "bfloat16" and target in ("sm_90", "sm_100"):
         yield f"spills {spills} bytes"
     if dtype != "float32" and not tensor_cores:
         yield "has no instruction for tensor cores"
