@@ -91,7 +91,7 @@ def new_model(kind):
         for _ in range(2):
             y = layers.LayerNormalization()(x)
             x = x + layers.MultiHeadAttention(num_heads=2, key_dim=16)(y, y, use_causal_mask=True)
-            y = layers.Dense(2 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
+            y = layers.Dense(3 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
             x = x + layers.Dense(WIDTH)(y)
         x = layers.LayerNormalization()(x)
     return keras.Model(tokens, layers.Dense(VALUES)(x), name=kind)
