@@ -1,6 +1,9 @@
 """How the tensors of a checkpoint and the variables of a model correspond, and their exchange."""
 
+import contextlib
+import ctypes
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 LONG_LOAD = 2**30  # bytes, from where on a progress bar shows
+TRIM_AFTER = 2**28  # bytes read, after which memory is given back
 SHOWN = 5  # problems in an error message
 
 
@@ -91,7 +95,11 @@ def load(weights, tensors, source):
     by_key = {weight.key: weight for weight in weights}
     nbytes = sum(x.nbytes for x in tensors.values())
     progress = keras.utils.Progbar(len(tensors), unit_name="tensor", verbose=nbytes >= LONG_LOAD)
+    freed = nbytes  # by now: what the variables were drawn with needed room of its own
     for key, tensor in tensors.items():  # in the order of the files: each is read once, forwards
+        if freed >= TRIM_AFTER:
+            trim_memory()
+            freed = 0
         dtype = by_key[key].dtype
         with np.errstate(over="ignore"):  # what is beyond its range becomes infinite
             x = tensor.read(dtype)
@@ -103,7 +111,20 @@ def load(weights, tensors, source):
             )
         by_key[key].assign(x)
         del x  # before the next one comes
+        freed += tensor.nbytes
         progress.add(1)
+    if nbytes >= TRIM_AFTER:
+        trim_memory()
+
+
+def trim_memory():
+    """Gives what was freed back to the system.
+
+    The C library of Linux keeps it for each thread apart, up to as much again as a model takes.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # other C libraries give it back by themselves
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_room(tensors, embedding, shape, num_layers, source):
