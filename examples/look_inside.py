@@ -88,8 +88,9 @@ def print_table(traces):
     for trace in traces:
         lives = trace.half_life()
         if trace.kind == "mlstm":
-            lives, rank = [f"{x:.1f}" for x in lives], [f"{x:.1f}" for x in ranks(trace)[-1]]
-            size = min(trace.states([-1])[0].shape[-2:])
+            C = trace.states([-1])[0][0, 0]  # (NH, DHQK, DHHV)
+            lives, rank = ([f"{x:.1f}" for x in y] for y in (lives, inspect.effective_rank(C)))
+            size = min(C.shape[1:])
             print(f"| {trace.name} | {', '.join(lives)} | {', '.join(rank)} | {size} |")
         else:  # a gate a unit
             lives = [f"{min(x):.1f} to {max(x):.1f}" for x in lives]

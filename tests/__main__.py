@@ -61,7 +61,7 @@ def run_pytest(backend, arguments, **settings):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
         fast = FAST | {"JAX_COMPILATION_CACHE_DIR": folder}
-        parts = [(["-m", "compiled"], {}), (["-m", "not compiled"], fast)]
+        parts = [(["-m", "compiled"], {}), (["-m", "not (compiled or gpu)"], fast)]
         if backend == "torch":  # XLA is in the other backends that its tests start
             parts = [([], fast)]
         elif "-m" in arguments:

@@ -80,16 +80,8 @@ class Chunkwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d_outputs):
-        saved = ctx.saved_tensors
-        outputs = saved[9:13]  # h, C, n, m
-        d_outputs = [
-            torch.zeros_like(x) if dx is None else dx
-            for x, dx in zip(outputs, d_outputs[:4], strict=True)
-        ]
-        # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
-        gradient = Gradient.forward if torch.compiler.is_compiling() else Gradient.apply
-        with torch.autocast(outputs[0].device.type, enabled=False), by_onednn():
-            gradients = gradient(ctx.L, ctx.eps, *d_outputs, *saved)
+        with by_onednn():
+            gradients = first_gradients(Gradient, (ctx.L, ctx.eps), d_outputs, ctx.saved_tensors)
         return None, None, None, *gradients
 
     @staticmethod
@@ -191,6 +183,18 @@ class Gradient(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return fold_into_batch(Gradient, info.batch_size, in_dims, args)
+
+
+def first_gradients(function, options, d_outputs, saved):
+    """Of an autograd function; `saved` are the nine inputs, then h, C, n, m and what was kept."""
+    d_outputs = [
+        torch.zeros_like(x) if dx is None else dx
+        for x, dx in zip(saved[9:13], d_outputs[:4], strict=True)
+    ]
+    # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
+    gradient = function.forward if torch.compiler.is_compiling() else function.apply
+    with torch.autocast(saved[0].device.type, enabled=False):
+        return gradient(*options, *d_outputs, *saved)
 
 
 def second_gradients(L, eps, tensors, gradients):

@@ -8,7 +8,9 @@ import os
 import torch
 from torch import Tensor
 
+from keras_xlstm_triton import eager_linear
 from keras_xlstm_triton.eager_mlstm import (
+    first_gradients,
     fold_into_batch,
     inner,
     second_gradients,
@@ -33,10 +35,8 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None):
 
 
 def why_not(q, k, v, *args, **kwargs):
-    if q.device.type == "meta":  # where Keras asks for the shape of an output
-        return "leaves tensors without numbers to the plain form"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "leaves a graph to export to the plain form"
+    if reason := eager_linear.why_not(q):
+        return reason
     if q.device.type != "cuda" and not (interpreted() and q.device.type == "cpu"):
         return f"needs CUDA tensors, received {q.device.type}"
     if not INSTALLED:
@@ -270,15 +270,7 @@ class Chunkwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d_outputs):
-        saved = ctx.saved_tensors
-        d_outputs = [
-            torch.zeros_like(x) if dx is None else dx
-            for x, dx in zip(saved[9:13], d_outputs[:4], strict=True)
-        ]
-        # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
-        gradient = Gradient.forward if torch.compiler.is_compiling() else Gradient.apply
-        with torch.autocast(saved[0].device.type, enabled=False):
-            gradients = gradient(*ctx.options, *d_outputs, *saved)
+        gradients = first_gradients(Gradient, ctx.options, d_outputs, ctx.saved_tensors)
         return None, None, None, *gradients
 
     @staticmethod

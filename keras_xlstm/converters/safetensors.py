@@ -19,7 +19,7 @@ DTYPES = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-PIECE = 2**22  # numbers that are converted at a time
+PIECE = 2**22  # numbers that are converted, or looked at, at a time
 PICKLES = (b"PK\x03\x04", b"\x80")  # how files of `torch.save` and of `pickle` begin
 PICKLE_ADVICE = (
     "A pickle can run code while it is opened, so it never is. If you trust it, save it anew: "

@@ -11,6 +11,8 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from keras_xlstm.converters.safetensors import PIECE
+
 LONG_LOAD = 2**30  # bytes, from where on a progress bar shows
 TRIM_AFTER = 2**28  # bytes read, after which memory is given back
 SHOWN = 5  # problems in an error message
@@ -197,10 +199,10 @@ def shards(weights, dtype, max_bytes):
     return lists
 
 
-def all_finite(x, count=2**22):
-    """Whether an array holds neither NaN nor infinity; looks at `count` numbers at a time."""
+def all_finite(x):
+    """Whether an array holds neither NaN nor infinity; looks at a piece at a time."""
     x = x.reshape(-1)
-    return all(np.isfinite(x[i : i + count]).all() for i in range(0, x.size, count))
+    return all(np.isfinite(x[i : i + PIECE]).all() for i in range(0, x.size, PIECE))
 
 
 def equal(a, b, rows=1024):

@@ -87,14 +87,11 @@ def mlstm(
     ```
     """
     args, kwargs = prepare(q, k, v, i, f, initial_state, mask, reset, return_state, chunk_size, eps)
-    if args[0].shape[1] == 0:
+    chosen = kernels.choose("mlstm", kernel, args, kwargs) if args[0].shape[1] != 0 else None
+    if chosen is None or in_symbolic_scope():  # there, Keras asks for shapes and dtypes only
         h, state = ops.zeros_like(args[2]), args[-1]
     else:
-        chosen = kernels.choose("mlstm", kernel, args, kwargs)
-        if in_symbolic_scope():  # shapes and dtypes are all that Keras asks for
-            h, state = ops.zeros_like(args[2]), args[-1]
-        else:
-            h, state = chosen.run(*args, **kwargs)
+        h, state = chosen.run(*args, **kwargs)
     h = ops.cast(h, args[2].dtype)
     if mask is not None:
         h = ops.where(ops.cast(mask, "bool")[:, :, None, None], h, ops.zeros_like(h))

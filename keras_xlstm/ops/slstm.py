@@ -73,14 +73,11 @@ def slstm(
     args, kwargs = prepare(
         gates, recurrent_kernel, bias, initial_state, mask, reset, recurrent_scale
     )
-    if args[0].shape[1] == 0:
+    chosen = kernels.choose("slstm", kernel, args, kwargs) if args[0].shape[1] != 0 else None
+    if chosen is None or in_symbolic_scope():  # there, Keras asks for shapes and dtypes only
         h, state = args[0][:, :, 0], args[3]
     else:
-        chosen = kernels.choose("slstm", kernel, args, kwargs)
-        if in_symbolic_scope():  # shapes and dtypes are all that Keras asks for
-            h, state = args[0][:, :, 0], args[3]
-        else:
-            h, state = chosen.run(*args, **kwargs)
+        h, state = chosen.run(*args, **kwargs)
     h = ops.cast(h, args[0].dtype)
     if mask is not None:
         h = ops.where(ops.cast(mask, "bool")[:, :, None, None], h, ops.zeros_like(h))
