@@ -8,6 +8,11 @@ from importlib.metadata import entry_points
 if "TRITON_INTERPRET" not in os.environ and "gpu" not in sys.argv:
     sys.modules["triton"] = None  # type: ignore[assignment]
 
+# Devices for `test_distribution.py`.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
 import keras
 import pytest
 

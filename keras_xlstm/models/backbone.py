@@ -6,6 +6,7 @@ from keras_xlstm.converters import transformers
 from keras_xlstm.layers import XLSTMBlockStack
 from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import TokenEmbedding
+from keras_xlstm.models.distribution import layout_map
 from keras_xlstm.ops import segment_starts
 from keras_xlstm.ops.checks import check_positive_int
 
@@ -157,6 +158,40 @@ class XLSTMBackbone(Composite, Backbone):
         self.tie_embeddings = tie_embeddings
         self.chunk_size = chunk_size
         self.packed = packed
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch"
+    ):
+        """How `keras.distribution.ModelParallel` lays out the weights, on JAX.
+
+        Heads, feed-forward layers and the vocabulary are split over the model axis, so that each
+        device computes its own heads from their queries to their outputs: that axis must divide
+        `num_heads`, the width of the feed-forward layers and the vocabulary. The data axis splits
+        the batch only.
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: string, the axis of the mesh to split weights over.
+            data_parallel_dim_name: string, the axis of the mesh that splits the batch.
+
+        Returns:
+            A `keras.distribution.LayoutMap`.
+
+        Raises:
+            ValueError: if `device_mesh` is no `DeviceMesh` with these axes.
+
+        Example:
+
+        ```python
+        devices = keras.distribution.list_devices()
+        mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
+        layout_map = XLSTMBackbone.get_layout_map(mesh)
+        with keras.distribution.ModelParallel(layout_map=layout_map).scope():
+            backbone = XLSTMBackbone(256, num_layers=2, hidden_dim=64, num_heads=len(devices))
+        ```
+        """
+        return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
 
     def export_to_transformers(self, path, **kwargs):
         """Writes a folder that `transformers.AutoModelForCausalLM` opens.
