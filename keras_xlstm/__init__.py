@@ -2,10 +2,10 @@
 
 import importlib
 
-from keras_xlstm import converters, inspect, kernels, layers, ops, utils
+from keras_xlstm import converters, distribution, inspect, kernels, layers, ops, utils
 
 __version__ = "0.1.0"
-__all__ = ["converters", "inspect", "kernels", "layers", "models", "ops", "utils"]
+__all__ = ["converters", "distribution", "inspect", "kernels", "layers", "models", "ops", "utils"]
 
 
 def __getattr__(name):

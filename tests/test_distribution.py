@@ -2,12 +2,19 @@
 
 import functools
 import re
+from collections import Counter
+from dataclasses import replace
 
+import conformance
 import keras
 import numpy as np
 import pytest
+from conformance import BOTH, MLSTM_CASES
 
+from keras_xlstm import kernels
+from keras_xlstm.distribution import SequenceParallel
 from keras_xlstm.models import XLSTMBackbone, XLSTMCausalLM
+from keras_xlstm.ops import mlstm
 
 if keras.backend.backend() != "jax":
     pytest.skip("Keras 3.15 distributes on JAX only", allow_module_level=True)
@@ -37,6 +44,11 @@ def data_parallel():
 def model_parallel():
     layout_map = XLSTMBackbone.get_layout_map(mesh())
     return keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name="batch")
+
+
+def sequence_parallel(shape=(1, 8)):
+    devices = keras.distribution.DeviceMesh(shape, ("batch", "sequence"))
+    return SequenceParallel(layout_map=keras.distribution.LayoutMap(devices))
 
 
 @functools.cache
@@ -87,7 +99,7 @@ def collectives(program):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("distribution", [data_parallel, model_parallel])
+@pytest.mark.parametrize("distribution", [data_parallel, model_parallel, sequence_parallel])
 def test_losses_of_twenty_steps_are_those_of_one_device(distribution, style):
     one, _ = train(None, style)
     many, _ = train(distribution, style)
@@ -124,6 +136,79 @@ def test_weights_are_split_over_the_model_axis():
         whole = [w.path for w in weights if "model" not in w.value.sharding.spec]
         rest = "norm/(scale|gamma)|seed_generator_state|slstm_cell/projection/kernel"
         assert not [x for x in whole if not re.search(rest, x)], style
+
+
+SEQUENCES = {
+    "64-steps": MLSTM_CASES["64-steps"],
+    "200-steps": MLSTM_CASES["200-steps"],
+    "mask-and-reset": replace(BOTH, S=64),
+    "mask-all": replace(MLSTM_CASES["mask-all"], S=64),
+    "i-f-mixed": replace(MLSTM_CASES["i-f-mixed-mask-and-reset"], S=64),
+    "f-low": replace(MLSTM_CASES["f-low"], S=64, mask="left"),
+    "bfloat16": replace(MLSTM_CASES["bfloat16"], S=64),
+}
+
+
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequences_over_devices(name, op):
+    with sequence_parallel((2, 4) if SEQUENCES[name].B > 1 else (1, 8)).scope():
+        conformance.check_values_and_states(op, "sequence", SEQUENCES[name])
+        conformance.check_gradients(op, "sequence", SEQUENCES[name])
+    conformance.form.cache_clear()  # compiled for this distribution
+    conformance.answers.cache_clear()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_devices_exchange_does_not_grow_with_the_sequence(backward):
+    """A state for each doubling of their number, one to the next device, and the last one."""
+
+    def exchanged(S):
+        distribution = sequence_parallel()
+        x, gate = (
+            jax.ShapeDtypeStruct(
+                shape, "float32", sharding=distribution.get_data_layout(shape).backend_layout
+            )
+            for shape in ((2, S, 2, 8), (2, S, 2))
+        )
+
+        def function(*args):
+            h, state = mlstm(*args, return_state=True)
+            return h.sum() + state[0].sum() if backward else (h, state)
+
+        run = jax.grad(function, argnums=range(5)) if backward else function
+        with distribution.scope():
+            program = jax.jit(run).lower(x, x, x, gate, gate).compile().as_text()
+        return Counter(re.findall(rf"= (.*) {COLLECTIVE}(?:-start)?\(", program))
+
+    short = exchanged(64)
+    assert short == exchanged(512)
+    states = [n for (x, kind), n in short.items() if kind != "all-reduce" and "8,8" in x]
+    assert sum(states) == (3 + 1) * (1 + backward)
+    assert {kind for _, kind in short} <= {"collective-permute", "all-reduce"}
+
+
+def test_sequence_parallel_exchanges_states_and_the_sum_of_gradients():
+    found = collectives(train(sequence_parallel, "large")[1])
+    assert {kind for kind, _ in found} == {"collective-permute", "all-reduce"}
+    permuted = [place for kind, place in found if kind == "collective-permute"]
+    assert all("/mlstm/" in place for place in permuted)
+
+
+def test_explain_sequences():
+    q = np.zeros((2, 20, 2, 8), "float32")
+    said = kernels.explain(q, q, q, q[..., 0], q[..., 0])
+    assert "- sequence: needs a `keras_xlstm.distribution.SequenceParallel`" in said
+    with sequence_parallel().scope():
+        said = kernels.explain(q, q, q, q[..., 0], q[..., 0])
+        assert "- sequence: needs a length that 8 devices can share, received 20" in said
+        said = kernels.explain(q[:, :16], q[:, :16], q[:, :16], q[:, :16, :, 0], q[:, :16, :, 0])
+        assert "* sequence: serves this call, in 8 segments, a device each" in said
+
+
+def test_errors_of_sequence_parallel():
+    with pytest.raises(ValueError, match="must be axes of the mesh.*Received: 'sequence'"):
+        SequenceParallel(layout_map=keras.distribution.LayoutMap(mesh()))
 
 
 def test_errors_of_layout_maps():

@@ -4,6 +4,7 @@ from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import small_init, wang_init
 from keras_xlstm.ops.checks import check_positive_int
+from keras_xlstm.ops.linear import rows
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -52,7 +53,7 @@ class GatedFeedForward(Composite):
 
     def call(self, x):
         shape = keras.ops.shape(x)
-        x = keras.ops.reshape(x, (-1, x.shape[-1]))  # XLA would transpose axes that stay apart
+        x = rows(x)
         y = self.down(self.activation(self.gate(x)) * self.up(x))
         return keras.ops.reshape(y, shape)
 

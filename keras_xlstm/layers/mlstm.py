@@ -9,6 +9,7 @@ from keras_xlstm.layers.initializers import Linspace
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.recurrent import Recurrent, flat_state, like_state
 from keras_xlstm.ops.checks import check_divides, check_positive_int
+from keras_xlstm.ops.linear import rows
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -172,7 +173,7 @@ class MLSTMCell(Composite, DropoutRNNCell):
 
     def _project(self, x):
         """(..., D) -> q, k, v (..., NH, DH) and the gates i, f (..., NH), capped, float32."""
-        lead, NH, x = kops.shape(x)[:-1], self.num_heads, _flat(x)
+        lead, NH, x = kops.shape(x)[:-1], self.num_heads, rows(x)
         q = kops.reshape(self.query(x), (*lead, NH, self.key_dim))
         k = kops.reshape(self.key(x), (*lead, NH, self.key_dim))
         v = kops.reshape(self.value(x), (*lead, NH, self.value_dim))
@@ -183,8 +184,8 @@ class MLSTMCell(Composite, DropoutRNNCell):
         return q, k, v, i, f
 
     def _read_out(self, h, x):
-        lead, x = kops.shape(x)[:-1], _flat(x)
-        h = kops.reshape(self.norm(h), (-1, self.num_heads * self.value_dim))
+        lead, x = kops.shape(x)[:-1], rows(x)
+        h = kops.reshape(self.norm(h), (*kops.shape(x)[:-1], self.num_heads * self.value_dim))
         y = self.output_projection(kops.sigmoid(self.output_gate(x)) * h)
         return kops.reshape(y, (*lead, self.units))
 
@@ -210,11 +211,6 @@ class MLSTMCell(Composite, DropoutRNNCell):
             "chunk_size": self.chunk_size,
             "kernel": self.kernel,
         }
-
-
-def _flat(x):
-    """(..., D) -> (rows, D): XLA would transpose axes that stay apart, in the backward pass."""
-    return kops.reshape(x, (-1, x.shape[-1]))
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")

@@ -5,15 +5,28 @@ operation "linear" is `kernel(x, weights)`: x (..., D), weights (D, N) -> (..., 
 "cross_entropy" is `kernel(logits, targets)`: logits (..., V), targets (...) int32 -> (...).
 """
 
+import keras
 from keras import ops
 
 from keras_xlstm import kernels
+from keras_xlstm.distribution import SequenceParallel
 
 
 def linear(x, weights, *, kernel="auto"):
     """`x @ weights`: x (..., D), weights (D, N) -> (..., N)."""
     args = ops.convert_to_tensor(x), ops.convert_to_tensor(weights)
     return kernels.choose("linear", kernel, args, {}).run(*args)
+
+
+def rows(x):
+    """(..., D) -> (rows, D): XLA would transpose axes that stay apart, in the backward pass.
+
+    Unless steps are split over devices: rows of one device would then not lie together.
+    """
+    on_jax = keras.backend.backend() == "jax"
+    if on_jax and isinstance(keras.distribution.distribution(), SequenceParallel):
+        return x
+    return ops.reshape(x, (-1, x.shape[-1]))
 
 
 def cross_entropy(logits, targets, *, kernel="auto"):
