@@ -28,6 +28,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_positive_int, check_shapes
+from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
 
 NEVER = -1e30  # log of a shut gate: exp(NEVER) is 0, and sums of many stay finite
@@ -232,7 +233,8 @@ def step(q, k, v, i, log_f, s, state, eps):
     C = a[..., None] * C + bk[..., :, None] * v[..., None, :]
     n = a * n + bk
     q = q * q.shape[-1] ** -0.5
-    h = ops.squeeze(ops.matmul(q[..., None, :], C), -2)
+    with exact():
+        h = ops.squeeze(ops.matmul(q[..., None, :], C), -2)
     h = h / denominator(ops.sum(n * q, -1), m_new, eps)[..., None]
     return h, (C, n, m_new)
 
@@ -336,7 +338,8 @@ def _in_chunks(*args, chunk_size, **kwargs):
 
 def matmul(x, y):
     """`ops.matmul` with one leading axis inside: LiteRT has no products of more than four axes."""
-    flat = ops.matmul(*(ops.reshape(a, (-1, *a.shape[-2:])) for a in (x, y)))
+    with exact():
+        flat = ops.matmul(*(ops.reshape(a, (-1, *a.shape[-2:])) for a in (x, y)))
     return ops.reshape(flat, (*ops.shape(x)[:-2], x.shape[-2], y.shape[-1]))
 
 

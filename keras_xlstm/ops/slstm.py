@@ -23,6 +23,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_shapes
 from keras_xlstm.ops.mlstm import MAX_EXPONENT
+from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
 
 
@@ -174,7 +175,8 @@ def step(gates, recurrent_kernel, bias, state, recurrent_scale=None):
     h, c, n, m = state
     if recurrent_scale is not None:
         h = h * recurrent_scale
-    raw = gates + ops.einsum("bhd,hdge->bghe", h, recurrent_kernel) + bias
+    with exact():
+        raw = gates + ops.einsum("bhd,hdge->bghe", h, recurrent_kernel) + bias
     i, f, z, o = ops.unstack(raw, 4, axis=1)
     log_f = ops.log_sigmoid(f)
     m_new = ops.where(n == 0, i, ops.maximum(i, log_f + m))
