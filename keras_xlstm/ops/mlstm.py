@@ -88,7 +88,7 @@ def mlstm(
     ```
     """
     args, kwargs = prepare(q, k, v, i, f, initial_state, mask, reset, return_state, chunk_size, eps)
-    chosen = kernels.choose("mlstm", kernel, args, kwargs) if args[0].shape[1] != 0 else None
+    chosen = kernels.choose("mlstm", kernel, args, kwargs)
     if chosen is None or in_symbolic_scope():  # there, Keras asks for shapes and dtypes only
         h, state = ops.zeros_like(args[2]), args[-1]
     else:
@@ -269,7 +269,8 @@ def _parallel(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 
 def _length_unknown(q, *args, **kwargs):
-    return "needs a length that is known when it is traced" if q.shape[1] is None else None
+    if not isinstance(q.shape[1], int):
+        return f"needs a length that is known when it is traced, received {q.shape[1]}"
 
 
 def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
@@ -332,8 +333,9 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     return h[:, :S], state
 
 
-def _in_chunks(*args, chunk_size, **kwargs):
-    return f"in chunks of {chunk_size or CHUNK_SIZE} steps"
+def _in_chunks(q, *args, chunk_size, **kwargs):
+    L, S = chunk_size or CHUNK_SIZE, q.shape[1]
+    return f"in chunks of {min(L, S) if isinstance(S, int) else L} steps"
 
 
 def matmul(x, y):
@@ -356,8 +358,20 @@ def segment_sums(x):
     return ops.where(ops.transpose(after), NEVER, sums)
 
 
-kernels.define("mlstm", prepare)
-kernels.register("step", _single_step, _not_one_step, priority=100)
+def _at_once(q, *args, **kwargs):
+    return f"all {q.shape[1]} steps at once"
+
+
+def no_steps(sequence, *args, **kwargs):
+    return sequence.shape[1] == 0
+
+
+def step_by_step(sequence, *args, **kwargs):
+    return f"step by step, S = {sequence.shape[1]}"
+
+
+kernels.define("mlstm", prepare, no_steps)
+kernels.register("step", _single_step, _not_one_step, priority=100, how=lambda *_, **__: "one step")
 kernels.register("chunkwise", chunkwise, priority=0, how=_in_chunks)
-kernels.register("parallel", _parallel, _length_unknown, priority=-10)
-kernels.register("recurrent", _recurrent, priority=-20)
+kernels.register("parallel", _parallel, _length_unknown, priority=-10, how=_at_once)
+kernels.register("recurrent", _recurrent, priority=-20, how=step_by_step)
