@@ -46,14 +46,22 @@ class Kernel:
 
 _kernels: dict[str, dict[str, Kernel]] = {}  # op -> name -> kernel
 _prepare: dict[str, Callable] = {}  # op -> public arguments to a kernel's
+_is_empty: dict[str, Callable] = {}  # op -> whether a call computes nothing
 _in_use: dict[str, str] = {}  # op -> name, where `use` has set one
 _observers: list[Callable] = []
 _loaded = False  # the kernels of other packages
 
 
-def define(op, prepare):
-    """Declares an operation. `prepare` maps its public arguments to those of its kernels."""
-    _kernels[op], _prepare[op] = {}, prepare
+def define(op, prepare, is_empty=None):
+    """Declares an operation.
+
+    Args:
+        op: string, its name.
+        prepare: callable, maps its public arguments to those of its kernels.
+        is_empty: callable with the arguments of its kernels, whether there is nothing to compute,
+            so that none is asked. `None` where there always is something.
+    """
+    _kernels[op], _prepare[op], _is_empty[op] = {}, prepare, is_empty or _nothing
 
 
 def register(name, kernel, why_not=None, *, op="mlstm", priority=0, how=None):
@@ -90,7 +98,11 @@ def explain(*args, op="mlstm", kernel="auto", **kwargs):
         kernel: as for the operation.
 
     Returns:
-        A string, one line a kernel, best first.
+        A string, one line a kernel, best first: for the one that serves the call, marked with
+        `*`, in which form and sizes; for each other what speaks against it.
+
+    Raises:
+        ValueError: as the operation does, of arguments that do not fit.
 
     Example:
 
@@ -102,9 +114,14 @@ def explain(*args, op="mlstm", kernel="auto", **kwargs):
     """
     call_args, call_kwargs = _prepare_of(op)(*args, **kwargs)
     forced, chosen, lines = _forced(op, kernel), None, []
+    if forced:
+        _named(op, forced)
+    is_empty = _is_empty[op](*call_args, **call_kwargs)
     for candidate in _best_first(op):
-        objection = candidate.why_not(*call_args, **call_kwargs)
-        if forced and candidate.name != forced:
+        objection = None if is_empty else candidate.why_not(*call_args, **call_kwargs)
+        if is_empty:
+            verdict = "not asked: there is nothing to compute"
+        elif forced and candidate.name != forced:
             verdict = f"not asked: `{forced}` is forced"
         elif objection:
             verdict = objection
@@ -116,8 +133,14 @@ def explain(*args, op="mlstm", kernel="auto", **kwargs):
                 verdict += f", {how}"
         mark = "*" if candidate.name == chosen else "-"
         lines.append(f"{mark} {candidate.name}: {verdict}")
-    shapes = ", ".join(str(tuple(x.shape)) for x in call_args if hasattr(x, "shape"))
-    return "\n".join([f"{op} on {keras.backend.backend()}, inputs {shapes}", *lines])
+    if not (chosen or is_empty):
+        lines.append("! none can serve this call, which is an error")
+    inputs = ", ".join(
+        f"{tuple(x.shape)} {keras.backend.standardize_dtype(x.dtype)}"
+        for x in call_args
+        if hasattr(x, "shape")
+    )
+    return "\n".join([f"{op} on {keras.backend.backend()}, inputs {inputs}", *lines])
 
 
 class use:
@@ -174,11 +197,13 @@ def observe(observer):
 
 
 def choose(op, kernel, args, kwargs):
-    """The kernel that serves this call.
+    """The kernel that serves this call, or `None` where there is nothing to compute.
 
     Raises:
         ValueError: if the forced kernel is unknown or cannot serve the call, or none can.
     """
+    if _is_empty[op](*args, **kwargs):
+        return None
     for observer in _observers:
         observer(op, args)
     forced = _forced(op, kernel)

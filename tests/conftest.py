@@ -1,6 +1,7 @@
 import os
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 # Triton and TensorFlow bring an LLVM each, and a process that has loaded both may end in an error
 # of it. torch loads Triton where it can, and KerasHub TensorFlow. So only those tests may load
@@ -21,6 +22,11 @@ if not entry_points(group="keras_xlstm.kernels"):
         "keras_xlstm must be installed: without entry points no backend's kernels are found, and "
         'the tests would see the plain forms only. Run: pip install -e ".[test]"'
     )
+
+TESTS = Path(__file__).parent.glob("test_*.py")
+# `pytest -m gpu` loads Triton: files without such tests, which may load TensorFlow, stay out.
+if "gpu" in sys.argv:
+    collect_ignore = [path.name for path in TESTS if "mark.gpu" not in path.read_text()]
 
 
 @pytest.fixture(autouse=True)

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -191,7 +192,7 @@ def test_explain_says_who_serves_and_why_the_others_do_not():
     chunkwise = kernels.explain(*qkvif(), chunk_size=4, kernel="chunkwise")
     assert "* chunkwise: serves this call, in chunks of 4 steps" in chunkwise
     forced = kernels.explain(*qkvif(), kernel="recurrent").splitlines()
-    assert forced[-1] == "* recurrent: serves this call"
+    assert forced[-1] == f"* recurrent: serves this call, step by step, S = {S}"
     assert "`recurrent` is forced" in forced[2]
     assert "*" not in kernels.explain(*qkvif(), kernel="broken")  # none would serve it
 
@@ -205,6 +206,84 @@ def test_explain_says_how():
 def test_explain_of_slstm():
     gates = zeros(B, S, 4, NH, DHHV), zeros(NH, DHHV, 4, DHHV), zeros(4, NH, DHHV)
     assert f"* {OF_BACKEND}: serves this call" in kernels.explain(*gates, op="slstm")
+
+
+# What is called, who serves it here, and how.
+CALLS = {
+    "plain": ({}, OF_BACKEND, "in chunks of"),
+    "no step": ({"S": 0}, None, None),
+    "one step": ({"S": 1}, "step", "one step"),
+    "any number of steps": ({"S": None}, "chunkwise", "in chunks of 64 steps"),
+    "odd sizes": ({"S": 37, "DHQK": 5, "DHHV": 7}, OF_BACKEND, "in chunks of"),
+    "wide heads": ({"DHQK": 600, "DHHV": 700}, OF_BACKEND, "in chunks of"),
+    "bfloat16": ({"dtype": "bfloat16"}, OF_BACKEND, "in chunks of"),
+    "float16": ({"dtype": "float16"}, OF_BACKEND, "in chunks of"),
+    "float64": ({"dtype": "float64"}, OF_BACKEND, "in chunks of"),
+}
+REASONS = "needs .*, .*", "leaves .* to .*", "could serve it, after `.*`", "not asked: .*"
+
+
+def of_sizes(op, S=20, DHQK=16, DHHV=16, dtype="float32"):
+    def tensor(shape, dtype="float32"):
+        if None in shape:
+            return keras.KerasTensor(shape, "float32")
+        return ops.cast(ops.zeros(shape), dtype)
+
+    if op == "slstm":
+        gates = tensor((B, S, 4, NH, DHHV), dtype)
+        return gates, tensor((NH, DHHV, 4, DHHV)), tensor((4, NH, DHHV))
+    wide = (tensor((B, S, NH, width), dtype) for width in (DHQK, DHQK, DHHV))
+    return *wide, tensor((B, S, NH)), tensor((B, S, NH))
+
+
+def verdicts_of(op, args, kernel="auto"):
+    """By kernel, whether it serves and what is said of it; and what is said of all."""
+    _, *lines = kernels.explain(*args, op=op, kernel=kernel).splitlines()
+    found = [re.fullmatch(r"([*-]) ([\w-]+): (.+)", line) for line in lines]
+    verdicts = {line[2]: (line[1] == "*", line[3]) for line in found if line}
+    assert list(verdicts) == kernels.available(op)
+    return verdicts, lines[len(verdicts) :]
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+@pytest.mark.parametrize("name", CALLS)
+def test_explain_of_any_call(name, op, forced):
+    """One kernel serves with its form and sizes, and each other has a reason."""
+    sizes, server, how = CALLS[name]
+    if op == "slstm" and server:
+        server = "scan" if sizes.get("S", 0) is None else OF_BACKEND
+        how = f"step by step, S = {sizes.get('S', 20)}"
+    if forced and server:
+        server, how = kernels.available(op)[-1], f"step by step, S = {sizes.get('S', 20)}"
+    args = of_sizes(op, **sizes)
+    verdicts, more = verdicts_of(op, args, kernel=server if forced else "auto")
+    assert not more
+    assert [kernel for kernel, (serves, _) in verdicts.items() if serves] == [server] * bool(server)
+    for kernel, (serves, verdict) in verdicts.items():
+        if serves:
+            assert verdict.startswith(f"serves this call, {how}")
+        else:
+            assert any(re.fullmatch(reason, verdict) for reason in REASONS), (kernel, verdict)
+    chosen = kernels.choose(op, server if forced else "auto", *kernels._prepare[op](*args))
+    assert (chosen and chosen.name) == server
+
+
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+def test_every_kernel_says_how(op):
+    for kernel in kernels.available(op):
+        verdicts, _ = verdicts_of(op, of_sizes(op, S=1 if "step" in kernel else 20), kernel)
+        serves, verdict = verdicts[kernel]
+        assert not serves or re.fullmatch("serves this call, .+", verdict), (kernel, verdict)
+
+
+def test_explain_of_an_error():
+    verdicts, more = verdicts_of("mlstm", of_sizes("mlstm"), "step")
+    assert verdicts.pop("step") == (False, "needs S = 1, received 20")
+    assert {verdict for _, verdict in verdicts.values()} == {"not asked: `step` is forced"}
+    assert more == ["! none can serve this call, which is an error"]
+    with pytest.raises(ValueError, match=r"`kernel` must be .*kernel='fastest'"):
+        kernels.explain(*qkvif(), kernel="fastest")
 
 
 def test_unknown_names():

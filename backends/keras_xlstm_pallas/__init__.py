@@ -4,9 +4,11 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
+    from keras_xlstm.ops.mlstm import step_by_step
     from keras_xlstm_pallas import sequence, xla
 
     kernels.register("xla", xla.mlstm, xla.why_not, priority=10, how=xla.how)
-    kernels.register("xla", xla.slstm, xla.why_not, op="slstm", priority=10)
-    for op, kernel in (("mlstm", sequence.mlstm), ("slstm", sequence.slstm)):
-        kernels.register("sequence", kernel, sequence.why_not, op=op, priority=30, how=sequence.how)
+    kernels.register("xla", xla.slstm, xla.why_not, op="slstm", priority=10, how=step_by_step)
+    around = {"why_not": sequence.why_not, "how": sequence.how, "priority": 30}
+    kernels.register("sequence", sequence.mlstm, **around)
+    kernels.register("sequence", sequence.slstm, op="slstm", **around)

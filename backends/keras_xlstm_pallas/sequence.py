@@ -27,6 +27,7 @@ from jax import numpy as jnp
 from keras_xlstm import kernels
 from keras_xlstm.distribution import SequenceParallel
 from keras_xlstm.ops.mlstm_chunks import prefix_sums, total
+from keras_xlstm.ops.products import einsum
 
 P = jax.sharding.PartitionSpec
 _inside = False  # while a segment is traced
@@ -120,7 +121,7 @@ class SegmentMap(NamedTuple):
         weights = jnp.exp(to_end + i - M[..., None])
         k, v = k.astype("float32"), v.astype("float32")
         weighted = k * weights.swapaxes(1, 2)[..., None]
-        D, d = jnp.einsum("bshk,bshv->bhkv", weighted, v), jnp.sum(weighted, 1)
+        D, d = einsum("bshk,bshv->bhkv", weighted, v), jnp.sum(weighted, 1)
         return cls(total([x[..., -1] for x in sums]), M, D, d)
 
     def after(self, state):

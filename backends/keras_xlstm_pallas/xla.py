@@ -13,7 +13,7 @@ from keras_xlstm.ops import mlstm_chunks, slstm_loop
 
 def why_not(sequence, *args, **kwargs):
     if not isinstance(sequence.shape[1], int):  # a symbol, as in an export for any length
-        return "needs a length that is known when it is traced"
+        return f"needs a length that is known when it is traced, received {sequence.shape[1]}"
 
 
 def how(q, k, v, *args, chunk_size, eps):

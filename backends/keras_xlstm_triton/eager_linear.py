@@ -12,7 +12,8 @@ FEWEST_PRODUCTS = 2**20  # below, the call costs more than it saves
 
 
 def why_not(x=None, *args, **kwargs):
-    if x is not None and x.device.type == "meta":  # where Keras asks for the shape of an output
+    # Where Keras, or a user of `explain`, asks for shapes only.
+    if x is not None and (not isinstance(x, torch.Tensor) or x.device.type == "meta"):
         return "leaves tensors without numbers to the plain form"
     # An exported graph has no use for gradients, and outside torch nothing knows of them.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
@@ -30,8 +31,11 @@ def why_not_linear(x, weights):
         return f"needs float32, received {x.dtype} and {weights.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "leaves torch.autocast to torch.matmul"
-    if x[..., 0].numel() * weights.numel() < FEWEST_PRODUCTS or x[..., 0].numel() == 1:
-        return "needs a larger product"
+    rows = x[..., 0].numel()
+    if rows == 1:
+        return "needs more than one row"
+    if rows * weights.numel() < FEWEST_PRODUCTS:
+        return f"needs {FEWEST_PRODUCTS} products to pay, received {rows * weights.numel()}"
 
 
 def linear(x, weights):

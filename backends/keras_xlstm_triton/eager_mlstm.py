@@ -36,7 +36,7 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 
 def how(q, k, v, *args, chunk_size, **kwargs):
-    return f"in chunks of {chunk_size or chunk_size_for(q, v)} steps"
+    return f"in chunks of {min(chunk_size or chunk_size_for(q, v), q.shape[1])} steps"
 
 
 def chunk_size_for(q, v):

@@ -22,7 +22,7 @@ def why_not(sequence, *args, **kwargs):
         return "leaves a graph to export to the plain form: only TensorFlow could run XLA's"
     # XLA could not bound the loop of the backward pass.
     if sequence.shape[1] is None:
-        return "needs a length that is known when it is traced"
+        return f"needs a length that is known when it is traced, received {sequence.shape[1]}"
 
 
 def is_exporting():

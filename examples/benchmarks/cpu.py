@@ -37,6 +37,7 @@ from measure import (
     forward_and_gradient,
     grown_memory,
     median_of,
+    mlstm_gflop,
     mlstm_inputs,
     race,
     random,
@@ -130,18 +131,12 @@ def mlstm():
 
 
 def mlstm_shape(name, shape):
-    B, NH, S, DHQK, DHHV = shape
-    # Products only, at chunks of 64: two of L x L in the forward pass and five in the backward
-    # pass, two and four with the state.
-    steps, L = 2e-9 * B * NH * S, 64
-    forward = steps * (L * (DHQK + DHHV) + 2 * DHQK * DHHV)
-    both = forward + steps * (L * (3 * DHQK + 2 * DHHV) + 4 * DHQK * DHHV)
     return races(
         f"mLSTM {name} {shape}",
         forward_and_gradient(lambda *x: ops.mlstm(*x), *mlstm_inputs(*shape), BACKEND),
         found_peers("mlstm", shape),
         {"A": 15, "B": 7, "C": 3}[name],
-        {"forward": forward, "forward+backward": both},
+        mlstm_gflop(shape),
     )
 
 

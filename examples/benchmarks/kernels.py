@@ -1,7 +1,8 @@
-"""The Triton kernels in the real compilers, without a GPU.
+"""The Triton kernels in the real compilers, without a GPU; with `--device`, `gpu.py`: on one.
 
 python examples/benchmarks/kernels.py --compile                  a table, for all targets
 python examples/benchmarks/kernels.py --compile sm_90 --widths 256x512 --dtypes bfloat16
+python examples/benchmarks/kernels.py --device gpu --json results.json
 
 Every variant of the mLSTM's walk (`backends/keras_xlstm_triton/mlstm_walk.py`) that a call may
 choose is compiled ahead of time. The table says what a program needs of a chip: registers of a
@@ -115,6 +116,10 @@ def problems(row):
 
 
 def main():
+    if "--device" in sys.argv:
+        import gpu
+
+        return gpu.main()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", nargs="*", choices=SHARED, required=True, metavar="TARGET")
     parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="DHQKxDHHV")

@@ -15,10 +15,11 @@ class Contender:
     name: str
     run: callable
     ours: bool = False
+    is_peer: bool = True  # or else it computes something else
 
 
 class Elsewhere(float):
-    """What a run returns that took place in another process: its seconds there."""
+    """What a run returns that was timed where it took place: its seconds there."""
 
 
 def seconds(run):
@@ -64,15 +65,16 @@ def race(title, contenders, turns, work=None, limit=None):
             rows[name]["of_gemm"] = rows[name]["gflops"] / limit
             speed = f"  {rows[name]['gflops']:4.0f} GFLOP/s, {rows[name]['of_gemm']:.2f} of GEMM"
         print(
-            f"  {name:34}{median:9.1f} ms ({low:.1f}-{high:.1f})  first {t['first']:5.1f} s"
+            f"  {name:34}{median:9.4g} ms ({low:.4g}-{high:.4g})  first {t['first']:5.1f} s"
             f"{speed}  {median / ours:6.2f} of ours"
         )
     for name, why in failed.items():
         print(f"  {name:34} failed: {why}")
-    own = {c.name for c in contenders if c.ours}
-    peers = [r["median"] for name, r in rows.items() if name not in own]
-    if peers:
-        rows["ratio"] = min(peers) / ours
+    others = [c.name for c in contenders if c.is_peer and not c.ours and c.name in times]
+    if failed:
+        rows["failed"] = failed
+    if others:
+        rows["ratio"] = min(rows[name]["median"] for name in others) / ours
         print(f"  best peer / ours: {rows['ratio']:.2f}")
     return rows
 
@@ -82,8 +84,8 @@ def forward_and_gradient(function, inputs, d_output, backend):
     if backend == "torch":
         import torch
 
-        inputs = [torch.tensor(x, requires_grad=True) for x in inputs]
-        d_output = torch.tensor(d_output)
+        inputs = [torch.as_tensor(x).requires_grad_() for x in inputs]
+        d_output = torch.as_tensor(d_output)
 
         def forward():
             with torch.no_grad():
@@ -120,6 +122,16 @@ def forward_and_gradient(function, inputs, d_output, backend):
 
     compiled = tf.function(function)
     return {"forward": lambda: compiled(*inputs), "forward+backward": lambda: gradient(*inputs)}
+
+
+def mlstm_gflop(shape):
+    """Of products only, at chunks of 64: two of L x L in the forward pass and five in the backward
+    pass, two and four with the state."""
+    B, NH, S, DHQK, DHHV = shape
+    steps, L = 2e-9 * B * NH * S, 64
+    forward = steps * (L * (DHQK + DHHV) + 2 * DHQK * DHHV)
+    backward = steps * (L * (3 * DHQK + 2 * DHHV) + 4 * DHQK * DHHV)
+    return {"forward": forward, "forward+backward": forward + backward}
 
 
 def random(*shape):

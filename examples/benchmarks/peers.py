@@ -18,6 +18,7 @@ from measure import Elsewhere, forward_and_gradient, grown_memory, mlstm_inputs,
 
 CHUNK_SIZES = 64, 128
 THREADS = os.cpu_count()
+SCRIPT = __file__  # of the other process
 
 
 def peers(backend, table, *args):
@@ -26,7 +27,16 @@ def peers(backend, table, *args):
         return JAX[table](*args)
     if backend == "torch":
         return TORCH[table](*args)
-    names, missing = ask(["open", table, *args])
+    return elsewhere(table, *args)
+
+
+def elsewhere(table, *args):
+    """As `peers`, always of the other process, and of a new one where that has ended."""
+    try:
+        names, missing = ask(["open", table, *args])
+    except BrokenPipeError:
+        other.cache_clear()
+        names, missing = ask(["open", table, *args])
 
     def run(name, what):
         return lambda: Elsewhere(ask(["run", table, name, what]))
@@ -90,7 +100,7 @@ def mlstm_runs(functions, shape, backend, dtype):
 
 
 @with_missing("xlstm")
-def slstm(B, S, NH, DH):
+def slstm(B, S, NH, DH, device="cpu"):
     import torch
     from xlstm.blocks.slstm.cell import sLSTMCell, sLSTMCellConfig
 
@@ -103,8 +113,8 @@ def slstm(B, S, NH, DH):
             enable_automatic_mixed_precision=False,
             **types_,
         )
-    )
-    x = torch.tensor(random(B, S, 4 * NH * DH), requires_grad=True)
+    ).to(device)
+    x = torch.tensor(random(B, S, 4 * NH * DH), device=device, requires_grad=True)
     weights = [x, *cell.parameters()]
 
     def forward():
@@ -179,7 +189,7 @@ def ask(question):
     print(json.dumps(question), file=other().stdin, flush=True)
     answer = other().stdout.readline()
     if not answer:
-        raise RuntimeError("the peers' process has ended")
+        raise BrokenPipeError("the peers' process has ended")
     answer = json.loads(answer)
     if isinstance(answer, dict):
         raise RuntimeError(answer["error"])
@@ -189,7 +199,7 @@ def ask(question):
 @functools.cache
 def other():
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, __file__, str(THREADS)], **pipes)
+    return subprocess.Popen([sys.executable, SCRIPT, str(THREADS)], **pipes)
 
 
 def serve(threads):
@@ -201,6 +211,7 @@ def serve(threads):
         try:
             if question[0] == "open":
                 _, table, *args = question
+                opened.pop(table, None)
                 opened[table], missing = TORCH[table](*args)
                 answer = [{name: list(runs) for name, runs in opened[table].items()}, missing]
             else:
@@ -209,6 +220,8 @@ def serve(threads):
         except Exception as e:
             answer = {"error": f"{type(e).__name__}: {e}"}
         print(json.dumps(answer), file=answers, flush=True)
+        if "CUDA error" in str(answer):  # after which nothing works in this process
+            return
 
 
 def set_threads(count):

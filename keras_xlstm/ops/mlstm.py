@@ -28,6 +28,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_positive_int, check_shapes
+from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
 
 NEVER = -1e30  # log of a shut gate: exp(NEVER) is 0, and sums of many stay finite
@@ -87,7 +88,7 @@ def mlstm(
     ```
     """
     args, kwargs = prepare(q, k, v, i, f, initial_state, mask, reset, return_state, chunk_size, eps)
-    chosen = kernels.choose("mlstm", kernel, args, kwargs) if args[0].shape[1] != 0 else None
+    chosen = kernels.choose("mlstm", kernel, args, kwargs)
     if chosen is None or in_symbolic_scope():  # there, Keras asks for shapes and dtypes only
         h, state = ops.zeros_like(args[2]), args[-1]
     else:
@@ -232,7 +233,8 @@ def step(q, k, v, i, log_f, s, state, eps):
     C = a[..., None] * C + bk[..., :, None] * v[..., None, :]
     n = a * n + bk
     q = q * q.shape[-1] ** -0.5
-    h = ops.squeeze(ops.matmul(q[..., None, :], C), -2)
+    with exact():
+        h = ops.squeeze(ops.matmul(q[..., None, :], C), -2)
     h = h / denominator(ops.sum(n * q, -1), m_new, eps)[..., None]
     return h, (C, n, m_new)
 
@@ -267,7 +269,8 @@ def _parallel(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 
 def _length_unknown(q, *args, **kwargs):
-    return "needs a length that is known when it is traced" if q.shape[1] is None else None
+    if not isinstance(q.shape[1], int):
+        return f"needs a length that is known when it is traced, received {q.shape[1]}"
 
 
 def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
@@ -330,13 +333,15 @@ def chunkwise(q, k, v, i, log_f, s, state, *, chunk_size, eps):
     return h[:, :S], state
 
 
-def _in_chunks(*args, chunk_size, **kwargs):
-    return f"in chunks of {chunk_size or CHUNK_SIZE} steps"
+def _in_chunks(q, *args, chunk_size, **kwargs):
+    L, S = chunk_size or CHUNK_SIZE, q.shape[1]
+    return f"in chunks of {min(L, S) if isinstance(S, int) else L} steps"
 
 
 def matmul(x, y):
     """`ops.matmul` with one leading axis inside: LiteRT has no products of more than four axes."""
-    flat = ops.matmul(*(ops.reshape(a, (-1, *a.shape[-2:])) for a in (x, y)))
+    with exact():
+        flat = ops.matmul(*(ops.reshape(a, (-1, *a.shape[-2:])) for a in (x, y)))
     return ops.reshape(flat, (*ops.shape(x)[:-2], x.shape[-2], y.shape[-1]))
 
 
@@ -353,8 +358,20 @@ def segment_sums(x):
     return ops.where(ops.transpose(after), NEVER, sums)
 
 
-kernels.define("mlstm", prepare)
-kernels.register("step", _single_step, _not_one_step, priority=100)
+def _at_once(q, *args, **kwargs):
+    return f"all {q.shape[1]} steps at once"
+
+
+def no_steps(sequence, *args, **kwargs):
+    return sequence.shape[1] == 0
+
+
+def step_by_step(sequence, *args, **kwargs):
+    return f"step by step, S = {sequence.shape[1]}"
+
+
+kernels.define("mlstm", prepare, no_steps)
+kernels.register("step", _single_step, _not_one_step, priority=100, how=lambda *_, **__: "one step")
 kernels.register("chunkwise", chunkwise, priority=0, how=_in_chunks)
-kernels.register("parallel", _parallel, _length_unknown, priority=-10)
-kernels.register("recurrent", _recurrent, priority=-20)
+kernels.register("parallel", _parallel, _length_unknown, priority=-10, how=_at_once)
+kernels.register("recurrent", _recurrent, priority=-20, how=step_by_step)

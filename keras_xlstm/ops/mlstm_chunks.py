@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from keras import ops
 
 from keras_xlstm.ops.mlstm import MAX_EXPONENT, NEVER
+from keras_xlstm.ops.products import einsum
 
 GROUP_SIZE = 2**19  # elements of the largest temporary of a group
 
@@ -98,10 +99,10 @@ def forward(chunks, eps, q, k, v, i, log_f, s, C, n, m, keep=True):
         w = Weights(q_.shape[-1], *gates)
         start = C, n
         (Cs, C), (ns, n) = states(k_, v_, C, n, w)
-        inner = ops.einsum("bhgtd,bhgjd->bhgtj", q_, k_) * w.inside()
-        num = ops.einsum("bhgtj,bhgjv->bhgtv", inner, v_)
-        num = num + w.from_start[..., None] * ops.einsum("bhgtd,bhgdv->bhgtv", q_, Cs)
-        nq = row_sums(inner) + w.from_start * ops.einsum("bhgtd,bhgd->bhgt", q_, ns)
+        inner = einsum("bhgtd,bhgjd->bhgtj", q_, k_) * w.inside()
+        num = einsum("bhgtj,bhgjv->bhgtv", inner, v_)
+        num = num + w.from_start[..., None] * einsum("bhgtd,bhgdv->bhgtv", q_, Cs)
+        nq = row_sums(inner) + w.from_start * einsum("bhgtd,bhgd->bhgt", q_, ns)
         h = chunks.write(h, number, num / w.denominator(nq, eps)[..., None])
         if keep:
             nqs = chunks.write(nqs, number, nq)
@@ -150,26 +151,26 @@ def backward(chunks, eps, inputs, outputs, kept, dh, dC, dn, dm):
         dm_t = -eps * along
 
         # num = (P * q k^T) v + from_start * q C, and nq with n for C and 1 for v
-        inner = ops.einsum("bhgtd,bhgjd->bhgtj", q, k) * P
-        d_inner = ops.einsum("bhgtv,bhgjv->bhgtj", d_num, v) + d_nq[..., None]
-        dv = ops.einsum("bhgtj,bhgtv->bhgjv", inner, d_num)
+        inner = einsum("bhgtd,bhgjd->bhgtj", q, k) * P
+        d_inner = einsum("bhgtv,bhgjv->bhgtj", d_num, v) + d_nq[..., None]
+        dv = einsum("bhgtj,bhgtv->bhgjv", inner, d_num)
         d_inside = inner * d_inner  # of logarithms, as all of these
         d_qk = d_inner * P
         d_num, d_nq = d_num * w.from_start[..., None], d_nq * w.from_start
-        dq = ops.einsum("bhgtv,bhgdv->bhgtd", d_num, Cs) + d_nq[..., None] * ns[..., None, :]
+        dq = einsum("bhgtv,bhgdv->bhgtd", d_num, Cs) + d_nq[..., None] * ns[..., None, :]
         d_from_start = row_sums(dq * q)
-        dq = dq + ops.einsum("bhgtj,bhgjd->bhgtd", d_qk, k)
-        dk = ops.einsum("bhgtj,bhgtd->bhgjd", d_qk, q)
+        dq = dq + einsum("bhgtj,bhgjd->bhgtd", d_qk, k)
+        dk = einsum("bhgtj,bhgtd->bhgjd", d_qk, q)
 
         # C' = between * C + (to_end * k) v^T, and n' with 1 for v
-        dCs = ops.einsum("bhgtd,bhgtv->bhgdv", q, d_num)
-        dns = ops.einsum("bhgt,bhgtd->bhgd", d_nq, q)
+        dCs = einsum("bhgtd,bhgtv->bhgdv", q, d_num)
+        dns = einsum("bhgt,bhgtd->bhgd", d_nq, q)
         dC_ends, dC, d_between = earlier_states(dCs, dC, Cs, w)
         dn_ends, dn, d_between_n = earlier_states(dns, dn, ns, w)
-        dk_end = ops.einsum("bhgjv,bhgdv->bhgjd", v, dC_ends) + dn_ends[..., None, :]
+        dk_end = einsum("bhgjv,bhgdv->bhgjd", v, dC_ends) + dn_ends[..., None, :]
         dk_end = dk_end * w.to_end[..., None]
         d_to_end = row_sums(dk_end * k)
-        dv = dv + ops.einsum("bhgjd,bhgdv->bhgjv", k * w.to_end[..., None], dC_ends)
+        dv = dv + einsum("bhgjd,bhgdv->bhgjv", k * w.to_end[..., None], dC_ends)
 
         di = column_sums(d_inside) + d_to_end
         dlog_f = through_decays(d_inside, d_from_start, d_to_end, d_between + d_between_n)
@@ -262,11 +263,11 @@ def up_to(L):
 
 def row_sums(x):
     """Over the last axis, as products: XLA's own sums are slow on CPU."""
-    return ops.squeeze(ops.matmul(x, ops.ones((x.shape[-1], 1))), -1)
+    return ops.squeeze(einsum("bhgij,jx->bhgix", x, ops.ones((x.shape[-1], 1))), -1)
 
 
 def column_sums(x):
-    return ops.squeeze(ops.matmul(ops.ones((1, x.shape[-2])), x), -2)
+    return ops.squeeze(einsum("xi,bhgij->bhgxj", ops.ones((1, x.shape[-2])), x), -2)
 
 
 def through_decays(d_inside, d_from_start, d_to_end, d_between):
@@ -276,7 +277,7 @@ def through_decays(d_inside, d_from_start, d_to_end, d_between):
     would cancel, but leave their rounding errors.
     """
     from_l_on = ops.cast(up_to(d_inside.shape[-1]), "float32")  # [t, l]: t >= l
-    passing = ops.matmul(d_inside, 1 - from_l_on) + d_from_start[..., None]
+    passing = einsum("bhgtj,jl->bhgtl", d_inside, 1 - from_l_on) + d_from_start[..., None]
     return (
         column_sums(passing * from_l_on)
         + (ops.cumsum(d_to_end, -1) - d_to_end)
@@ -286,8 +287,8 @@ def through_decays(d_inside, d_from_start, d_to_end, d_between):
 
 def states(k, v, C, n, w):
     """Of C and of n: those at the starts of the chunks, and after the last."""
-    added = ops.einsum("bhgjd,bhgjv->bhgdv", k * w.to_end[..., None], v)
-    added_n = ops.einsum("bhgj,bhgjd->bhgd", w.to_end, k)
+    added = einsum("bhgjd,bhgjv->bhgdv", k * w.to_end[..., None], v)
+    added_n = einsum("bhgj,bhgjd->bhgd", w.to_end, k)
     return next_states(added, C, w), next_states(added_n, n, w)
 
 
@@ -313,7 +314,7 @@ def earlier_states(d_starts, later, starts, w):
 
 
 def over_chunks(subscripts, weights, states):
-    return ops.einsum(subscripts.replace("...", "xyz"[: len(states.shape) - 3]), weights, states)
+    return einsum(subscripts.replace("...", "xyz"[: len(states.shape) - 3]), weights, states)
 
 
 def expand(x, like):

@@ -22,7 +22,8 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_shapes
-from keras_xlstm.ops.mlstm import MAX_EXPONENT
+from keras_xlstm.ops.mlstm import MAX_EXPONENT, no_steps, step_by_step
+from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
 
 
@@ -73,7 +74,7 @@ def slstm(
     args, kwargs = prepare(
         gates, recurrent_kernel, bias, initial_state, mask, reset, recurrent_scale
     )
-    chosen = kernels.choose("slstm", kernel, args, kwargs) if args[0].shape[1] != 0 else None
+    chosen = kernels.choose("slstm", kernel, args, kwargs)
     if chosen is None or in_symbolic_scope():  # there, Keras asks for shapes and dtypes only
         h, state = args[0][:, :, 0], args[3]
     else:
@@ -174,7 +175,8 @@ def step(gates, recurrent_kernel, bias, state, recurrent_scale=None):
     h, c, n, m = state
     if recurrent_scale is not None:
         h = h * recurrent_scale
-    raw = gates + ops.einsum("bhd,hdge->bghe", h, recurrent_kernel) + bias
+    with exact():
+        raw = gates + ops.einsum("bhd,hdge->bghe", h, recurrent_kernel) + bias
     i, f, z, o = ops.unstack(raw, 4, axis=1)
     log_f = ops.log_sigmoid(f)
     m_new = ops.where(n == 0, i, ops.maximum(i, log_f + m))
@@ -208,5 +210,5 @@ def slstm_scan(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scal
     return ops.swapaxes(h, 0, 1), state
 
 
-kernels.define("slstm", prepare)
-kernels.register("scan", slstm_scan, op="slstm")
+kernels.define("slstm", prepare, no_steps)
+kernels.register("scan", slstm_scan, op="slstm", how=step_by_step)

@@ -17,6 +17,7 @@ The backend brings the loop, as `jax.lax.scan` does it: `scan(body, state, input
 from keras import ops
 
 from keras_xlstm.ops.mlstm import NEVER
+from keras_xlstm.ops.products import einsum
 
 
 def forward(scan, gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale, keep=True):
@@ -31,7 +32,7 @@ def forward(scan, gates, recurrent_kernel, bias, state, mask, reset, recurrent_s
             fresh = (0.0, 0.0, 0.0, NEVER)
             state = tuple(ops.where(cleared, y, z) for y, z in zip(fresh, state, strict=True))
         h, c, n, m = state
-        raw = x + ops.reshape(ops.matmul(h * scale, R), ops.shape(x))
+        raw = x + ops.reshape(einsum("nbd,nde->nbe", h * scale, R), ops.shape(x))
         i, f, z, o = (raw[:, :, gate] for gate in range(4))
         from_before = ops.log_sigmoid(f) + m
         m = ops.maximum(i, from_before)
@@ -94,7 +95,7 @@ def backward(scan, inputs, kept, dh_out, d_end):
         df = (dc * by["c_f"] + dn * by["n_f"] + dm) * by["f"]
         d_raw = ops.stack([di, df, dc * by["c_z"], dh * by["h_o"]], 2)
         flat = ops.reshape(d_raw, (*ops.shape(dh)[:2], -1))
-        dh_before = ops.matmul(flat, ops.swapaxes(R, 1, 2)) * scale
+        dh_before = einsum("nbe,nde->nbd", flat, R) * scale
         if reset is not None:
             dh_before = ops.where(cleared, 0.0, dh_before)
         if mask is not None:
@@ -108,10 +109,11 @@ def backward(scan, inputs, kept, dh_out, d_end):
     _, c_start, n_start, _ = start
     d_start = dh, dc, dn, dm + dc * c_start + dn * n_start
 
-    d_kernel = ops.einsum("snbd,snbge->ndge", h_before * scale, d_raw)
+    d_kernel = einsum("snbd,snbge->ndge", h_before * scale, d_raw)
     d_scale = None
     if recurrent_scale is not None:
-        d_scale = ops.einsum("snbge,ndge,snbd->bnd", d_raw, recurrent_kernel, h_before)
+        dh_scaled = einsum("snbge,ndge->snbd", d_raw, recurrent_kernel)
+        d_scale = ops.swapaxes(ops.sum(dh_scaled * h_before, 0), 0, 1)
     return (
         ops.cast(ops.transpose(d_raw, (2, 0, 3, 1, 4)), gates.dtype),
         d_kernel,
