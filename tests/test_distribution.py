@@ -198,7 +198,10 @@ def test_sequence_parallel_exchanges_states_and_the_sum_of_gradients():
 def test_explain_sequences():
     q = np.zeros((2, 20, 2, 8), "float32")
     said = kernels.explain(q, q, q, q[..., 0], q[..., 0])
-    assert "- sequence: needs a `keras_xlstm.distribution.SequenceParallel`" in said
+    assert (
+        "- sequence: needs `keras_xlstm.distribution.SequenceParallel`, received no distribution"
+        in said
+    )
     with sequence_parallel().scope():
         said = kernels.explain(q, q, q, q[..., 0], q[..., 0])
         assert "- sequence: needs a length that 8 devices can share, received 20" in said

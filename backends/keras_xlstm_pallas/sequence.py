@@ -36,9 +36,10 @@ _inside = False  # while a segment is traced
 def why_not(sequence, *args, **kwargs):
     distribution = keras.distribution.distribution()
     if not isinstance(distribution, SequenceParallel):
-        return "needs a `keras_xlstm.distribution.SequenceParallel` to be in force"
+        name = type(distribution).__name__ if distribution else "no distribution"
+        return f"needs `keras_xlstm.distribution.SequenceParallel`, received {name}"
     if _inside:
-        return "is at work around this call already"
+        return "leaves segments to other kernels"
     shards, S = distribution.sequence_shards, sequence.shape[1]
     if not isinstance(S, int) or S % shards:
         return f"needs a length that {shards} devices can share, received {S}"
