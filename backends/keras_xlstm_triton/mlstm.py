@@ -16,7 +16,7 @@ from keras_xlstm_triton.eager_mlstm import (
     second_gradients,
     to_the_maximum,
 )
-from keras_xlstm_triton.mlstm_plan import WIDEST, Device, plan
+from keras_xlstm_triton.mlstm_plan import Device, plan
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -44,8 +44,6 @@ def why_not(q, k, v, *args, **kwargs):
     dtypes = {x.dtype for x in (q, k, v)}
     if not dtypes <= set(DTYPES):
         return f"needs float32, float16 or bfloat16, received {sorted(map(str, dtypes))}"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return f"needs heads of at most {WIDEST}, received {q.shape[-1]} and {v.shape[-1]}"
     if interpreted() and torch.bfloat16 in dtypes:
         return "needs a GPU for bfloat16, which Triton's interpreter does not multiply"
 
@@ -88,12 +86,17 @@ class Calls:
         arrays = [stride for x in (a, b, c, d) for stride in x.stride()[:3]]
         tensors = dict.fromkeys(STEPS + STATES, b) | self.tensors | tensors
         segments = self.plan.segments
-        walk[(self.B * self.NH * segments * tiles.count(widths[1]),)](
+        programs = self.B * self.NH * segments * tiles.count(widths[1])
+        if not tiles.on_chip:
+            new = functools.partial(b.new_empty, dtype=torch.float32)
+            tensors["M_work"] = new(self.B, self.NH, segments, self.DHQK, self.DHHV)
+            tensors["n_work"] = new(programs, self.DHQK)
+        walk[(programs,)](
             a, b, c, d, tensors.pop("out", b), *arrays, **tensors, **self.dtypes,
             S=self.S, NH=self.NH, segments=segments,
             chunks=self.chunks, chunks_each=self.chunks_each, eps=self.eps,
             FULL_WIDTH=widths[0], TILE_WIDTH=widths[1], SLICE=tiles.slice, TILE=tiles.tile,
-            L=self.plan.L, WALK=name, OUT=OUT, num_warps=tiles.warps, num_stages=1,
+            ON_CHIP=tiles.on_chip, L=self.plan.L, WALK=name, OUT=OUT, num_warps=tiles.warps, num_stages=1,
         )  # fmt: skip
 
     def before_segments(self, name, b, c, C, n, memories):
@@ -116,6 +119,7 @@ class Calls:
 
 STEPS = "weights", "over", "reads", "nq", "di", "dlog_f"
 STATES = "C_in", "n_in", "C_out", "n_out", "over_out", "C_kept", "n_kept"
+STATES += "M_work", "n_work"
 
 
 def operands(dtype):

@@ -33,6 +33,7 @@ class Tiles:
     slice: int
     tile: int
     warps: int
+    on_chip: bool = True  # the memory; otherwise in device memory, which a slice at a time leaves
 
     def count(self, width):
         return -(-width // self.tile)
@@ -64,32 +65,32 @@ def plan(dtype, S, heads, DHQK, DHHV, device, chunk_size=None, segments=None):
 
 
 MOST = 64
-WIDEST = 512  # heads; beyond, even the smallest tile does not fit the registers
 MEMORY = 2**13  # elements on chip: 32 registers of each thread; with twice as many, some spill
 
 
 def longest(dtype, device):
     """Steps of a chunk, a power of two."""
-    if dtype == torch.float32:  # no tensor cores
-        return 16
-    return 64 if device.reads_shared_memory else 32
+    return 64 if device.reads_shared_memory and dtype != torch.float32 else 32
 
 
 def tiles_of(dtype, DHQK, DHHV, device):
-    """By value and by key."""
+    """By value and by key.
+
+    On chip lies the memory of bfloat16, in all heads but the widest: float32 has no tensor cores,
+    float16 is multiplied as tf32, and the operands of both fill the registers.
+    """
     fits, widest = (MEMORY, 64) if device.reads_shared_memory else (MEMORY // 2, 32)
-    if dtype == torch.float16:  # operands that are computed are in float32 beside it
-        fits //= 4
-    if dtype == torch.float32:
-        widest = SMALLEST
 
     def tiles(full, width, widest):
-        tile = min(widest, power_of_two(width), max(fits // power_of_two(full), SMALLEST))
+        full, width = power_of_two(full), power_of_two(width)
         if dtype == torch.float32:
-            return Tiles(16, tile, 4)
-        return Tiles(min(64, power_of_two(full)), tile, 8)
+            return Tiles(16, min(32, width), 8, on_chip=False)
+        if dtype == torch.float16 or full * SMALLEST > fits:
+            slice = min(64 if device.reads_shared_memory else 32, full)
+            return Tiles(slice, min(32, width), 8, on_chip=False)
+        return Tiles(min(64, full), min(widest, width, fits // full), 8)
 
-    return tiles(DHQK, DHHV, widest), tiles(DHHV, DHQK, min(widest, 32))
+    return tiles(DHQK, DHHV, widest), tiles(DHHV, DHQK, 32)
 
 
 def split(chunks, programs, processors):

@@ -51,6 +51,7 @@ def compiled(target, dtype, widths, walk, out):
     L = longest(torch_dtype, device)
     constants = {
         "FULL_WIDTH": full, "TILE_WIDTH": part, "SLICE": tiles.slice, "TILE": tiles.tile,
+        "ON_CHIP": tiles.on_chip,
         "L": L, "WALK": walk, "OUT": out, "DOT": dot, "PRECISION": precision,
     }  # fmt: skip
 
