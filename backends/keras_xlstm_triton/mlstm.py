@@ -7,6 +7,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from keras_xlstm_triton import eager_linear
 from keras_xlstm_triton.eager_mlstm import (
@@ -34,7 +35,7 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None):
     return h, (C, n, m)
 
 
-def why_not(q, k, v, *args, **kwargs):
+def why_not_here(q, k, v):
     if reason := eager_linear.why_not(q):
         return reason
     if q.device.type != "cuda" and not (interpreted() and q.device.type == "cpu"):
@@ -44,7 +45,12 @@ def why_not(q, k, v, *args, **kwargs):
     dtypes = {x.dtype for x in (q, k, v)}
     if not dtypes <= set(DTYPES):
         return f"needs float32, float16 or bfloat16, received {sorted(map(str, dtypes))}"
-    if interpreted() and torch.bfloat16 in dtypes:
+
+
+def why_not(q, k, v, *args, **kwargs):
+    if reason := why_not_here(q, k, v):
+        return reason
+    if interpreted() and torch.bfloat16 in (q.dtype, k.dtype, v.dtype):
         return "needs a GPU for bfloat16, which Triton's interpreter does not multiply"
 
 
@@ -226,12 +232,13 @@ def backward_shapes(q, k, v, C, n, m, chunk_size, segments):
 
 
 def operator(name, function, shapes):
-    """The function itself, but in what torch.compile traces one operator."""
+    """The function itself, but in what is traced one operator."""
     traced = torch.library.custom_op(f"keras_xlstm::{name}", function, mutates_args=())
     traced.register_fake(shapes)
 
     def call(*args):
-        return (traced if torch.compiler.is_compiling() else function)(*args)
+        is_traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        return (traced if is_traced else function)(*args)
 
     return call
 

@@ -107,5 +107,13 @@ def split(chunks, programs, processors):
     return min((2**x for x in range(chunks.bit_length())), key=cost)
 
 
+def step_tiles(heads, DHQK, DHHV, device):
+    """Rows and columns of C that a program of the decode step has in registers at a time."""
+    tile = min(64, power_of_two(DHHV))
+    while tile > SMALLEST and heads * -(-DHHV // tile) < 2 * device.processors:
+        tile //= 2
+    return min(2048 // tile, power_of_two(DHQK)), tile
+
+
 def power_of_two(x):
     return max(1 << (x - 1).bit_length(), SMALLEST)
