@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from keras_xlstm.ops.mlstm import chunkwise
+from keras_xlstm.ops.mlstm import step as plain_step
 from keras_xlstm_triton import mlstm as walks
 from keras_xlstm_triton.eager_mlstm import fold_into_batch
 from keras_xlstm_triton.mlstm_plan import Device, step_tiles
@@ -73,8 +73,8 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, *d_state):
         def plain(*x):
-            h, state = chunkwise(*x[:6], x[6:], chunk_size=1, eps=ctx.eps)
-            return h, *state
+            h, state = plain_step(*(y.squeeze(1).float() for y in x[:6]), x[6:], ctx.eps)
+            return h.unsqueeze(1), *state
 
         with torch.autocast(dh.device.type, enabled=False):
             return None, *torch.func.vjp(plain, *ctx.saved_tensors)[1]((dh.float(), *d_state))

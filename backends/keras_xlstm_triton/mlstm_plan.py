@@ -57,7 +57,7 @@ class Plan:
 def plan(dtype, S, heads, DHQK, DHHV, device, chunk_size=None, segments=None):
     """The sizes for a call. `chunk_size` is rounded to what the kernels have."""
     L = min(power_of_two(chunk_size or MOST), power_of_two(S), longest(dtype, device))
-    by_value, by_key = tiles_of(dtype, DHQK, DHHV, device)
+    by_value, by_key = tiles_of(dtype, L, DHQK, DHHV, device)
     chunks = max(-(-S // L), 1)
     programs = heads * by_value.count(DHHV)
     segments = segments or split(chunks, programs, device.processors)
@@ -73,24 +73,22 @@ def longest(dtype, device):
     return 64 if device.reads_shared_memory and dtype != torch.float32 else 32
 
 
-def tiles_of(dtype, DHQK, DHHV, device):
+def tiles_of(dtype, L, DHQK, DHHV, device):
     """By value and by key.
 
-    On chip lies the memory of bfloat16, in all heads but the widest: float32 has no tensor cores,
-    float16 is multiplied as tf32, and the operands of both fill the registers.
+    The memory of bfloat16 lies on chip, but for the widest heads. float32 has no tensor cores,
+    float16 is multiplied as tf32, and tensor cores that do not read shared memory, as those for
+    less than 64 rows, take operands from registers: no room is left there.
     """
-    fits, widest = (MEMORY, 64) if device.reads_shared_memory else (MEMORY // 2, 32)
+    reads = device.reads_shared_memory and L == 64
 
     def tiles(full, width, widest):
-        full, width = power_of_two(full), power_of_two(width)
-        if dtype == torch.float32:
-            return Tiles(16, min(32, width), 8, on_chip=False)
-        if dtype == torch.float16 or full * SMALLEST > fits:
-            slice = min(64 if device.reads_shared_memory else 32, full)
-            return Tiles(slice, min(32, width), 8, on_chip=False)
-        return Tiles(min(64, full), min(widest, width, fits // full), 8)
+        width, fits = power_of_two(width), MEMORY // power_of_two(max(full, 64))
+        if dtype == torch.bfloat16 and reads and fits >= SMALLEST:
+            return Tiles(64, min(widest, width, fits), 8)
+        return Tiles(16 if dtype == torch.float32 else 32, min(32, width), 8, on_chip=False)
 
-    return tiles(DHQK, DHHV, widest), tiles(DHHV, DHQK, 32)
+    return tiles(DHQK, DHHV, 64), tiles(DHHV, DHQK, 32)
 
 
 def split(chunks, programs, processors):

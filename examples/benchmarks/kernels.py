@@ -45,10 +45,10 @@ def compiled(target, dtype, widths, walk, out):
     torch_dtype, (DHQK, DHHV) = getattr(torch, dtype), map(int, widths.split("x"))
     # As `Device.of` says of it.
     device = Device(reads_shared_memory=target in ("sm_90", "sm_100"))
-    by_value, by_key = tiles_of(torch_dtype, DHQK, DHHV, device)
+    L = longest(torch_dtype, device)
+    by_value, by_key = tiles_of(torch_dtype, L, DHQK, DHHV, device)
     tiles, full, part = (by_key, DHHV, DHQK) if walk in ("dq", "dk") else (by_value, DHQK, DHHV)
     dot, precision = operands(torch_dtype)
-    L = longest(torch_dtype, device)
     constants = {
         "FULL_WIDTH": full, "TILE_WIDTH": part, "SLICE": tiles.slice, "TILE": tiles.tile,
         "ON_CHIP": tiles.on_chip,
