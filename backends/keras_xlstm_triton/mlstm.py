@@ -25,13 +25,13 @@ FEWEST = 2**34  # products with a memory; a call of fewer is not worth timing pl
 SCAN = 1024  # steps that `stabilizers` scans at a time
 
 
-def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None):
-    """A kernel of the operation "mlstm"; `segments` as the cost model would choose them."""
+def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None, tiles=None):
+    """A kernel of the operation "mlstm"; `segments` and `tiles` for tests, which choose them."""
     dtype = functools.reduce(torch.promote_types, (k.dtype, v.dtype), q.dtype)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     s = s.view_as(s)  # where it is i itself: Dynamo wants inputs apart
     with torch.autocast(q.device.type, enabled=False):
-        numbers = plan_of(q, v, chunk_size, segments).numbers()
+        numbers = plan_of(q, v, chunk_size, segments, tiles).numbers()
         h, C, n, m, *_ = Chunkwise.apply(numbers, eps, q, k, v, i, log_f, s, *state)
     return h, (C, n, m)
 
@@ -69,10 +69,10 @@ def how(q, k, v, *args, chunk_size, **kwargs):
     return f"{plan(*sizes, tiles=tiles_in(known or plans[0]))}, {timed}"
 
 
-def plan_of(q, v, chunk_size=None, segments=None):
+def plan_of(q, v, chunk_size=None, segments=None, tiles=None):
     sizes, plans, key = choices(q, v, chunk_size, segments)
-    if len(plans) == 1:
-        return plan(*sizes)
+    if len(plans) == 1 or tiles:
+        return plan(*sizes, tiles=tiles)
     is_free = not (is_in_torch_dispatch_mode() or torch.cuda.is_current_stream_capturing())
     run = functools.partial(try_out, sizes) if is_free else None
     return plan(*sizes, tiles=tiles_in(autotune.choose(key, plans, run)))
@@ -87,10 +87,14 @@ def choices(q, v, chunk_size, segments=None):
     is_short = heads * S * DHQK * DHHV < FEWEST or S < MOST or chunk_size or segments
     if is_short or torch.compiler.is_compiling() or q.device.type != "cuda":
         return sizes, [flat(tiles)], ""
+    name = f"mlstm {q.dtype} {DHQK}x{DHHV} {device.name} triton {triton_version()}"
+    return sizes, [flat(x) for x in others(q.dtype, L, DHQK, DHHV, device)], name
+
+
+def triton_version():
     import triton
 
-    name = f"mlstm {q.dtype} {DHQK}x{DHHV} {device.name} triton {triton.__version__}"
-    return sizes, [flat(x) for x in others(q.dtype, L, DHQK, DHHV, device)], name
+    return triton.__version__
 
 
 def flat(tiles):
@@ -174,8 +178,7 @@ class Calls:
 
 
 STEPS = "weights", "over", "reads", "nq", "di", "dlog_f"
-STATES = "C_in", "n_in", "C_out", "n_out", "over_out", "C_kept", "n_kept"
-STATES += "M_work", "n_work"
+STATES = "C_in", "n_in", "C_out", "n_out", "over_out", "C_kept", "n_kept", "M_work", "n_work"
 
 
 def registers(out, is_amd):

@@ -19,8 +19,8 @@ same with another memory, n or dn, of b_y = 1. In h, n is what C would hold of v
     a program: one head, one segment of the sequence, one tile of c
                                              TILE of the width of c
              FULL width of a, b             ┌────┐
-            ┌──────────────┐ a, b of        │    │ M, float32, on chip
-          L │              │ one chunk      │    │ for the whole walk
+            ┌──────────────┐ a, b of        │    │ M, float32, in
+          L │              │ one chunk      ├────┤ slices
             └──────────────┘                └────┘
                              L x L: P, a b^T
                                             ┌────┐
@@ -30,6 +30,11 @@ same with another memory, n or dn, of b_y = 1. In h, n is what C would hold of v
 So every output has one writer, and nothing is added in an order that may change. Where there are
 too few heads and tiles to fill the device, the sequence is cut into segments: a first pass (OUT
 False) gives what each adds to the memory, `chain` in `mlstm_steps.py` what each starts from.
+
+M is multiplied slice by slice. ON_CHIP, its slices stay in registers for the whole walk, and the
+loop over them is unrolled. Otherwise they lie in device memory, of which the cache holds what a
+program comes back to at the next chunk: the loop is short whatever the width, and registers are
+left for operands.
 
 What the gates weigh is computed once, by `weigh` in the same file. On chip all is float32 but the
 operands of products.
@@ -74,8 +79,8 @@ def walk(
     over_out,  # (B, NH, segments), without OUT: what a segment leaves of the memory before it
     C_kept,  # (B, NH, chunks, DHQK, DHHV), at the starts of chunks: from dq to dk
     n_kept,
-    M_work,  # (B, NH, segments, DHQK, DHHV): M, where it is not ON_CHIP
-    n_work,  # (programs, DHQK): n, in h
+    M_work,  # (B, NH, segments, DHQK, DHHV), if not ON_CHIP: M
+    n_work,  # (programs, DHQK): n, in h, of which each tile has its own
     S,
     NH,
     segments,
