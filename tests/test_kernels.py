@@ -184,7 +184,7 @@ def test_explain_says_who_serves_and_why_the_others_do_not():
     assert "mlstm" in lines[0] and keras.backend.backend() in lines[0]
     assert lines[1] == "- broken: is on strike"
     assert lines[2] == "* seven: serves this call"
-    assert lines[3] == "- step: needs S = 1, received 6"
+    assert "- step: needs S = 1, received 6" in lines[3:]
     assert len(lines) == 1 + len(kernels.available())
     assert [line for line in lines if line.startswith("*")] == [lines[2]]
 
