@@ -203,12 +203,16 @@ print(kx.kernels.explain(q, q, q, q[..., 0], q[..., 0]))
     "arguments",
     [
         "sm_90 --dtypes bfloat16 --widths 64x64 256x512",
-        "sm_90 --dtypes float16 float32 --widths 128x128 --walks h dk",
+        "sm_90 --dtypes float16 float32 --widths 40x20 --walks h dk step",
+        "sm_90 --dtypes bfloat16 float32 --widths 96x192 --walks dk --every",
         "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128x256 --walks dq dv",
     ],
 )
 def test_compiles(arguments):
-    """No spills of bfloat16 on sm_90, no more shared memory than there is, and tensor cores."""
+    """No spills on sm_90 and sm_100, no more shared memory than there is, and tensor cores.
+
+    Without arguments the same command compiles what a call usually gets, and with `--every` all.
+    """
     command = [sys.executable, "examples/benchmarks/kernels.py", "--compile", *arguments.split()]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     print(result.stdout)

@@ -21,7 +21,7 @@ from keras_xlstm_triton.mlstm_plan import MOST, Device, Plan, Tiles, others, pla
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 INSTALLED = importlib.util.find_spec("triton") is not None
-FEWEST = 2**34  # products with a memory; a call of fewer is not worth timing plans
+FEWEST = 2**32  # products with a memory; a call of fewer is not worth timing plans
 SCAN = 1024  # steps that `stabilizers` scans at a time
 
 

@@ -107,18 +107,17 @@ def others(dtype, L, DHQK, DHHV, device):
     first = by_value, by_key = tiles_of(dtype, L, DHQK, DHHV, device)
     if dtype == torch.float32:
         return [first, tuple(x._replace(slice=8) for x in first)]
-    if L < MOST:
+    if L < MOST or DHQK % SMALLEST or DHHV % SMALLEST:  # what is not aligned takes more registers
         return [first]
 
     def off_chip(tile):
         widths = DHHV, DHQK
-        return [Tiles(32, min(tile, power_of_two(x)), 8, on_chip=False) for x in widths]
+        return tuple(Tiles(32, min(tile, power_of_two(x)), 8, on_chip=False) for x in widths)
 
-    if DHQK % SMALLEST or DHHV % SMALLEST:  # rows that are not aligned take more registers
-        return list(dict.fromkeys([first, tuple(off_chip(32))]))
-    (value_64, key_64), narrow = off_chip(64), tuple(off_chip(32))
-    mixed = (value_64, by_key), (by_value, key_64), (value_64, key_64)
-    return list(dict.fromkeys([first, *mixed, narrow]))
+    if dtype == torch.float16:
+        return list(dict.fromkeys([first, off_chip(32)]))
+    value, key = off_chip(64)
+    return list(dict.fromkeys([first, (value, by_key), (by_value, key), (value, key)]))
 
 
 def variants(dtype, DHQK, DHHV, device):
