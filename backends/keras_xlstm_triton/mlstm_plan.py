@@ -138,7 +138,8 @@ def split(chunks, programs, processors):
         rounds, each = -(-programs * segments // processors), -(-chunks // segments)
         return rounds * (each if segments == 1 else 1.5 * each + 4)
 
-    return min((2**x for x in range(chunks.bit_length())), key=cost)
+    costs = [cost(2**x) for x in range(chunks.bit_length())]
+    return 2 ** costs.index(min(costs))
 
 
 def step_tiles(heads, DHQK, DHHV, device):
