@@ -64,7 +64,7 @@ def who(**kwargs):
 def test_the_backend_has_a_kernel_that_is_asked_before_the_plain_forms():
     names = kernels.available()
     assert {"step", OF_BACKEND, "chunkwise", "parallel", "recurrent"} <= set(names)
-    assert names[0] == "step"
+    assert names.index("step") < names.index(OF_BACKEND)
     assert names.index(OF_BACKEND) < names.index("chunkwise")
     assert names[-1] == "recurrent"
     assert "scan" in kernels.available("slstm")
@@ -185,7 +185,7 @@ def test_explain_says_who_serves_and_why_the_others_do_not():
     assert "mlstm" in lines[0] and keras.backend.backend() in lines[0]
     assert lines[1] == "- broken: is on strike"
     assert lines[2] == "* seven: serves this call"
-    assert lines[3] == "- step: needs S = 1, received 6"
+    assert "- step: needs S = 1, received 6" in lines[3:]
     assert len(lines) == 1 + len(kernels.available())
     assert [line for line in lines if line.startswith("*")] == [lines[2]]
 

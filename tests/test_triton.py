@@ -4,6 +4,7 @@
 Triton compute on the CPU. `pytest -m gpu` runs the suite on a GPU.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -19,13 +20,14 @@ import pytest
 from conformance import BOTH, MLSTM_CASES, Case
 
 from keras_xlstm import kernels
-from keras_xlstm.ops import mlstm
+from keras_xlstm.ops import mlstm, mlstm_step
 
 if keras.backend.backend() != "torch":
     pytest.skip("Triton serves torch", allow_module_level=True)
 import torch
 from keras_xlstm_triton import mlstm as triton_mlstm
-from keras_xlstm_triton.mlstm_plan import Device, plan, split
+from keras_xlstm_triton.mlstm_plan import Device, Tiles, plan, split, variants
+from torch.fx.experimental.proxy_tensor import make_fx
 
 INTERPRETED = triton_mlstm.interpreted() and importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a row of its own in `python -m tests`")
@@ -39,27 +41,94 @@ WIDE = {
 }
 
 
-@pytest.fixture
-def split_form():
-    serve = partial(triton_mlstm.mlstm, segments=3)
-    kernels.register("split", serve, triton_mlstm.why_not, priority=-100)
-    yield "split"
-    kernels._kernels["mlstm"].pop("split")
+# The memory of bfloat16 lies on chip; here, that of what the interpreter can multiply does.
+ON_CHIP = {"segments": 1, "tiles": (Tiles(32, 16, 8), Tiles(16, 32, 8))}
+FORMS = {"split": {"segments": 3}, "on-chip": ON_CHIP, "on-chip-split": ON_CHIP | {"segments": 2}}
+
+
+@contextlib.contextmanager
+def forced(form):
+    serve = partial(triton_mlstm.mlstm, **FORMS[form])
+    kernels.register(form, serve, triton_mlstm.why_not, priority=-100)
+    yield
+    kernels._kernels["mlstm"].pop(form)
+
+
+def check_form(form, case):
+    with forced(form) if form in FORMS else contextlib.nullcontext():
+        conformance.check_values_and_states("mlstm", form, case)
+        conformance.check_gradients("mlstm", form, case)
 
 
 @interpreted
 @pytest.mark.parametrize("name", SPLIT)
-def test_split(split_form, name):
-    conformance.check_values_and_states("mlstm", split_form, MLSTM_CASES[name])
-    conformance.check_gradients("mlstm", split_form, MLSTM_CASES[name])
+def test_split(name):
+    check_form("split", MLSTM_CASES[name])
 
 
 @interpreted
+@pytest.mark.parametrize("name", SPLIT)
+def test_on_chip(name):
+    check_form("on-chip", MLSTM_CASES[name])
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["triton", "on-chip", "on-chip-split"])
 @pytest.mark.parametrize("dtype", WIDE)
-def test_several_tiles_and_slices(dtype):
-    case = WIDE[dtype]
-    conformance.check_values_and_states("mlstm", "triton", case)
-    conformance.check_gradients("mlstm", "triton", case)
+def test_several_tiles_and_slices(dtype, form):
+    check_form(form, WIDE[dtype])
+
+
+# Several tiles each way, the last of them in part.
+DECODE = {
+    dtype: Case(S=1, eps=0.1, B=1, NH=2, DHQK=150, DHHV=40, dtype=dtype)
+    for dtype in ("float32", "float16", "bfloat16")
+}
+DECODE["wide"] = Case(S=1, mask="full", reset="never", B=1, NH=2, DHQK=5, DHHV=600)
+
+
+@interpreted
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_step(name):
+    conformance.check_values_and_states("mlstm", "triton-step", DECODE[name])
+    conformance.check_gradients("mlstm", "triton-step", DECODE[name])
+
+
+@interpreted
+def test_decode_step_traced():
+    """As one operator, of q, k and v by strides, and of any layer's step."""
+    inputs, state = conformance.mlstm_inputs(DECODE["float32"])
+    q, k, v, i, f = (torch.tensor(x, dtype=torch.float32) for x in inputs.values())
+    q, k, v = (x.expand(2, *x.shape[1:]).transpose(0, 2).contiguous() for x in (q, k, v))
+    i, f = (x.expand(2, -1, 2) for x in (i, f))
+    state = [torch.tensor(x, dtype=torch.float32).expand(2, *x.shape[1:]) for x in state.values()]
+
+    def step(*x, kernel="auto"):
+        x = *(y.transpose(0, 2) for y in x[:3]), *x[3:]
+        h, state = mlstm(*x[:5], initial_state=x[5:], return_state=True, kernel=kernel)
+        return h, *state
+
+    inputs = q, k, v, i, f, *state
+    with torch.no_grad():
+        traced = make_fx(step, tracing_mode="fake")(*inputs)
+        expected = step(*inputs, kernel="step")
+    assert "keras_xlstm.mlstm_step" in traced.code
+    for run in traced, torch.jit.trace(traced, inputs, check_trace=False):
+        for x, y in zip(run(*inputs), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    first = [x.transpose(0, 2)[:, 0] for x in (q, k, v)]
+    h, _ = mlstm_step(*first, i[:, 0], f[:, 0], state)
+    np.testing.assert_array_equal(h, step(*inputs)[0][:, 0])
+
+
+@interpreted
+def test_walks_traced():
+    q, i = torch.randn(1, 20, 2, 16), torch.randn(1, 20, 2)
+    with torch.no_grad():
+        traced = make_fx(lambda q, i: mlstm(q, q, q, i, i), tracing_mode="fake")(q, i)
+        expected = mlstm(q, q, q, i, i)
+    assert "keras_xlstm.mlstm_forward" in traced.code
+    assert torch.equal(traced(q, i), expected)
 
 
 @interpreted
@@ -134,24 +203,47 @@ print(kx.kernels.explain(q, q, q, q[..., 0], q[..., 0]))
     "arguments",
     [
         "sm_90 --dtypes bfloat16 --widths 64x64 256x512",
-        "sm_90 --dtypes float16 float32 --widths 128x128 --walks h dk",
+        "sm_90 --dtypes float16 float32 --widths 40x20 --walks h dk step",
+        "sm_90 --dtypes bfloat16 float32 --widths 96x192 --walks dk --every",
         "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128x256 --walks dq dv",
     ],
 )
 def test_compiles(arguments):
-    """No spills of bfloat16 on sm_90, no more shared memory than there is, and tensor cores."""
+    """No spills on sm_90 and sm_100, no more shared memory than there is, and tensor cores.
+
+    Without arguments the same command compiles what a call usually gets, and with `--every` all.
+    """
     command = [sys.executable, "examples/benchmarks/kernels.py", "--compile", *arguments.split()]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+ON_GPU = MLSTM_CASES | DECODE | WIDE | {"bfloat16-wide": replace(WIDE["float16"], dtype="bfloat16")}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", MLSTM_CASES)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_on_a_gpu(name):
     """Keras creates tensors on the GPU where there is one."""
-    case = MLSTM_CASES[name]
-    assert "triton" in conformance.serving("mlstm", case)
-    conformance.check_values_and_states("mlstm", "triton", case)
-    conformance.check_gradients("mlstm", "triton", case)
+    case = ON_GPU[name]
+    found = [x for x in conformance.serving("mlstm", case) if x.startswith("triton")]
+    assert len(found) == (2 if case.S == 1 else 1)
+    for kernel in found:
+        conformance.check_values_and_states("mlstm", kernel, case)
+        conformance.check_gradients("mlstm", kernel, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("DHQK, DHHV", [(64, 64), (128, 256), (256, 512)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_plan_on_a_gpu(dtype, DHQK, DHHV):
+    """Those that may be timed, too."""
+    case = Case(S=200, mask="right", reset="some", B=1, NH=2, DHQK=DHQK, DHHV=DHHV, dtype=dtype)
+    device = Device.of(torch.empty(0, device="cuda"))
+    for _, tiles in variants(getattr(torch, dtype), DHQK, DHHV, device):
+        FORMS["forced"] = {"segments": 2, "tiles": tiles}
+        conformance.answers.cache_clear()
+        check_form("forced", case)

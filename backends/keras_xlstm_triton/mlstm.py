@@ -7,8 +7,9 @@ import os
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from keras_xlstm_triton import eager_linear
+from keras_xlstm_triton import autotune, eager_linear
 from keras_xlstm_triton.eager_mlstm import (
     first_gradients,
     fold_into_batch,
@@ -16,25 +17,26 @@ from keras_xlstm_triton.eager_mlstm import (
     second_gradients,
     to_the_maximum,
 )
-from keras_xlstm_triton.mlstm_plan import WIDEST, Device, plan
+from keras_xlstm_triton.mlstm_plan import MOST, Device, Plan, Tiles, others, plan
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 INSTALLED = importlib.util.find_spec("triton") is not None
+FEWEST = 2**32  # products with a memory; a call of fewer is not worth timing plans
 SCAN = 1024  # steps that `stabilizers` scans at a time
 
 
-def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None):
-    """A kernel of the operation "mlstm"; `segments` as the cost model would choose them."""
+def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None, tiles=None):
+    """A kernel of the operation "mlstm"; `segments` and `tiles` for tests, which choose them."""
     dtype = functools.reduce(torch.promote_types, (k.dtype, v.dtype), q.dtype)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     s = s.view_as(s)  # where it is i itself: Dynamo wants inputs apart
     with torch.autocast(q.device.type, enabled=False):
-        options = chunk_size or 0, segments or 0, eps
-        h, C, n, m, *_ = Chunkwise.apply(*options, q, k, v, i, log_f, s, *state)
+        numbers = plan_of(q, v, chunk_size, segments, tiles).numbers()
+        h, C, n, m, *_ = Chunkwise.apply(numbers, eps, q, k, v, i, log_f, s, *state)
     return h, (C, n, m)
 
 
-def why_not(q, k, v, *args, **kwargs):
+def why_not_here(q, k, v):
     if reason := eager_linear.why_not(q):
         return reason
     if q.device.type != "cuda" and not (interpreted() and q.device.type == "cpu"):
@@ -44,9 +46,12 @@ def why_not(q, k, v, *args, **kwargs):
     dtypes = {x.dtype for x in (q, k, v)}
     if not dtypes <= set(DTYPES):
         return f"needs float32, float16 or bfloat16, received {sorted(map(str, dtypes))}"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return f"needs heads of at most {WIDEST}, received {q.shape[-1]} and {v.shape[-1]}"
-    if interpreted() and torch.bfloat16 in dtypes:
+
+
+def why_not(q, k, v, *args, **kwargs):
+    if reason := why_not_here(q, k, v):
+        return reason
+    if interpreted() and torch.bfloat16 in (q.dtype, k.dtype, v.dtype):
         return "needs a GPU for bfloat16, which Triton's interpreter does not multiply"
 
 
@@ -56,13 +61,65 @@ def interpreted():
 
 
 def how(q, k, v, *args, chunk_size, **kwargs):
-    return str(plan_of(q, v, chunk_size))
+    sizes, plans, key = choices(q, v, chunk_size)
+    if len(plans) == 1:
+        return str(plan(*sizes))
+    known = autotune.known(key, plans)
+    timed = f"the first call times {len(plans)} plans" if known is None else "as it was timed"
+    return f"{plan(*sizes, tiles=tiles_in(known or plans[0]))}, {timed}"
 
 
-def plan_of(q, v, chunk_size=None, segments=None):
-    B, S, NH, DHQK = q.shape
-    sizes = *map(int, (S, B * NH)), DHQK, v.shape[-1]  # a number each, where they are traced
-    return plan(q.dtype, *sizes, Device.of(q), chunk_size or None, segments or None)
+def plan_of(q, v, chunk_size=None, segments=None, tiles=None):
+    sizes, plans, key = choices(q, v, chunk_size, segments)
+    if len(plans) == 1 or tiles:
+        return plan(*sizes, tiles=tiles)
+    is_free = not (is_in_torch_dispatch_mode() or torch.cuda.is_current_stream_capturing())
+    run = functools.partial(try_out, sizes) if is_free else None
+    return plan(*sizes, tiles=tiles_in(autotune.choose(key, plans, run)))
+
+
+def choices(q, v, chunk_size, segments=None):
+    """The arguments of `plan`, lists of tiles of which the first is the model's, and their key."""
+    (B, S, NH, DHQK), DHHV, device = q.shape, v.shape[-1], Device.of(q)
+    S, heads = map(int, (S, B * NH))  # a number each, where they are traced
+    sizes = q.dtype, S, heads, DHQK, DHHV, device, chunk_size or None, segments or None
+    L, _, *tiles = plan(*sizes)
+    is_short = heads * S * DHQK * DHHV < FEWEST or S < MOST or chunk_size or segments
+    if is_short or torch.compiler.is_compiling() or q.device.type != "cuda":
+        return sizes, [flat(tiles)], ""
+    name = f"mlstm {q.dtype} {DHQK}x{DHHV} {device.name} triton {triton_version()}"
+    return sizes, [flat(x) for x in others(q.dtype, L, DHQK, DHHV, device)], name
+
+
+def triton_version():
+    import triton
+
+    return triton.__version__
+
+
+def flat(tiles):
+    return [int(number) for x in tiles for number in x]
+
+
+def tiles_in(numbers):
+    return Tiles(*numbers[:4]), Tiles(*numbers[4:])
+
+
+def try_out(sizes, numbers):
+    """A call of a plan forward and backward, smaller than the one that asks for it."""
+    dtype, S, heads, DHQK, DHHV, *rest = sizes
+    S, heads = min(S, 1024), min(heads, 64)
+    chosen = plan(dtype, S, heads, DHQK, DHHV, *rest, tiles=tiles_in(numbers)).numbers()
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def new(*shape, dtype=torch.float32):
+        return torch.randn(1, *shape, generator=random, device="cuda").to(dtype)
+
+    q, k, v, dh = (new(S, heads, width, dtype=dtype) for width in (DHQK, DHQK, DHHV, DHHV))
+    i, log_f = new(S, heads), -new(S, heads).square()
+    C, n, m = new(heads, DHQK, DHHV), new(heads, DHQK), new(heads)
+    h, dC, dn, *kept = forward(q, k, v, i, log_f, i, C, n, m, chosen, 1e-6)
+    backward(dh, dC, dn, q, k, v, C, n, h, *kept, chosen, 1e-6)
 
 
 # Launches
@@ -88,12 +145,18 @@ class Calls:
         arrays = [stride for x in (a, b, c, d) for stride in x.stride()[:3]]
         tensors = dict.fromkeys(STEPS + STATES, b) | self.tensors | tensors
         segments = self.plan.segments
-        walk[(self.B * self.NH * segments * tiles.count(widths[1]),)](
+        programs = self.B * self.NH * segments * tiles.tiles(widths[1])
+        if not tiles.on_chip:
+            new = functools.partial(b.new_empty, dtype=torch.float32)
+            tensors["M_work"] = new(self.B, self.NH, segments, self.DHQK, self.DHHV)
+            tensors["n_work"] = new(programs, self.DHQK)
+        walk[(programs,)](
             a, b, c, d, tensors.pop("out", b), *arrays, **tensors, **self.dtypes,
             S=self.S, NH=self.NH, segments=segments,
             chunks=self.chunks, chunks_each=self.chunks_each, eps=self.eps,
             FULL_WIDTH=widths[0], TILE_WIDTH=widths[1], SLICE=tiles.slice, TILE=tiles.tile,
-            L=self.plan.L, WALK=name, OUT=OUT, num_warps=tiles.warps, num_stages=1,
+            ON_CHIP=tiles.on_chip, L=self.plan.L, WALK=name, OUT=OUT,
+            num_warps=tiles.warps, num_stages=1, **registers(OUT, torch.version.hip is not None),
         )  # fmt: skip
 
     def before_segments(self, name, b, c, C, n, memories):
@@ -115,7 +178,13 @@ class Calls:
 
 
 STEPS = "weights", "over", "reads", "nq", "di", "dlog_f"
-STATES = "C_in", "n_in", "C_out", "n_out", "over_out", "C_kept", "n_kept"
+STATES = "C_in", "n_in", "C_out", "n_out", "over_out", "C_kept", "n_kept", "M_work", "n_work"
+
+
+def registers(out, is_amd):
+    """All, for the first pass, which has a processor for each program: ptxas would spill some to
+    run more of them at a time."""
+    return {} if out or is_amd else {"maxnreg": 255}
 
 
 def operands(dtype):
@@ -138,12 +207,12 @@ def readable(x):
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, s: Tensor,
-    C: Tensor, n: Tensor, m_in: Tensor, chunk_size: int, segments: int, eps: float,
+    C: Tensor, n: Tensor, m_in: Tensor, numbers: list[int], eps: float,
 ) -> list[Tensor]:  # fmt: skip
     """h, C, n; of each step m, n^T q and what gates weigh; and the memories before segments."""
     from keras_xlstm_triton.mlstm_steps import stabilizers, weigh
 
-    plan, shapes = plan_of(q, v, chunk_size, segments), forward_shapes(q, v, chunk_size, segments)
+    plan, shapes = Plan.of(numbers), forward_shapes(q, v, numbers)
     h, C_end, n_end, m, nq, weights, over, *starts = shapes
     B, S, NH, DHQK = q.shape
     block = min(1 << (S - 1).bit_length(), SCAN)
@@ -159,9 +228,9 @@ def forward(
     return shapes
 
 
-def forward_shapes(q, v, chunk_size, segments):
+def forward_shapes(q, v, numbers):
     """Tensors for what `forward` returns."""
-    plan, (B, S, NH, DHQK), DHHV = plan_of(q, v, chunk_size, segments), q.shape, v.shape[-1]
+    plan, (B, S, NH, DHQK), DHHV = Plan.of(numbers), q.shape, v.shape[-1]
     chunks, starts = -(-S // plan.L), plan.segments if plan.segments > 1 else 0
     new = functools.partial(q.new_empty, dtype=torch.float32)
     return [
@@ -176,7 +245,7 @@ def forward_shapes(q, v, chunk_size, segments):
 def backward(
     dh: Tensor, dC: Tensor, dn: Tensor, q: Tensor, k: Tensor, v: Tensor, C: Tensor, n: Tensor,
     h: Tensor, m: Tensor, nq: Tensor, weights: Tensor, over: Tensor, C_in: Tensor, n_in: Tensor,
-    chunk_size: int, segments: int, eps: float,
+    numbers: list[int], eps: float,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v, of C and n, of all m, and in parts those of i and log_f.
 
@@ -184,10 +253,10 @@ def backward(
     """
     from keras_xlstm_triton.mlstm_steps import through_denominator
 
-    plan = plan_of(q, v, chunk_size, segments)
+    plan = Plan.of(numbers)
     calls = Calls(plan, q, v, eps, weights=weights, over=over)
     (B, S, NH, DHQK), DHHV, chunks = q.shape, v.shape[-1], calls.chunks
-    gradients = backward_shapes(q, k, v, C, n, m, chunk_size, segments)
+    gradients = backward_shapes(q, k, v, C, n, m, numbers)
     dq, dk, dv, dC_first, dn_first, dm, di, dlog_f = gradients
     reads = m.new_empty(B, NH, chunks, 2, plan.L)
     through_denominator[(B * NH * chunks,)](
@@ -213,21 +282,22 @@ def backward(
     return gradients
 
 
-def backward_shapes(q, k, v, C, n, m, chunk_size, segments):
+def backward_shapes(q, k, v, C, n, m, numbers):
     """Tensors for what `backward` returns."""
-    plan, (B, S, NH, DHQK) = plan_of(q, v, chunk_size, segments), q.shape
-    gates = plan.by_key.count(DHQK), B, NH, -(-S // plan.L) * plan.L
+    plan, (B, S, NH, DHQK) = Plan.of(numbers), q.shape
+    gates = plan.by_key.tiles(DHQK), B, NH, -(-S // plan.L) * plan.L
     alike = [x.new_empty(x.shape) for x in (q, k, v, C, n, m)]
     return [*alike, m.new_empty(gates), m.new_empty(gates)]
 
 
 def operator(name, function, shapes):
-    """The function itself, but in what torch.compile traces one operator."""
+    """The function itself, but in what is traced one operator."""
     traced = torch.library.custom_op(f"keras_xlstm::{name}", function, mutates_args=())
     traced.register_fake(shapes)
 
     def call(*args):
-        return (traced if torch.compiler.is_compiling() else function)(*args)
+        is_traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        return (traced if is_traced else function)(*args)
 
     return call
 
@@ -235,15 +305,13 @@ def operator(name, function, shapes):
 forward_operator = operator(
     "mlstm_forward",
     forward,
-    lambda q, k, v, i, log_f, s, C, n, m_in, chunk_size, segments, eps: forward_shapes(
-        q, v, chunk_size, segments
-    ),
+    lambda q, k, v, i, log_f, s, C, n, m_in, numbers, eps: forward_shapes(q, v, numbers),
 )
 backward_operator = operator(
     "mlstm_backward",
     backward,
-    lambda dh, dC, dn, q, k, v, C, n, h, m, nq, weights, over, C_in, n_in, *options: (
-        backward_shapes(q, k, v, C, n, m, *options[:2])
+    lambda dh, dC, dn, q, k, v, C, n, h, m, nq, weights, over, C_in, n_in, numbers, eps: (
+        backward_shapes(q, k, v, C, n, m, numbers)
     ),
 )
 
@@ -254,11 +322,11 @@ class Chunkwise(torch.autograd.Function):
     """h, C, n and m, and what the gradient needs."""
 
     @staticmethod
-    def forward(chunk_size, segments, eps, q, k, v, i, log_f, s, C, n, m):
+    def forward(numbers, eps, q, k, v, i, log_f, s, C, n, m):
         q, k, v = map(readable, (q, k, v))
         i, log_f, s, C, n, m = (x.contiguous() for x in (i, log_f, s, C, n, m))
         tensors = q, k, v, i, log_f, s, C, n, m
-        h, C, n, *kept = forward_operator(*tensors, chunk_size, segments, eps)
+        h, C, n, *kept = forward_operator(*tensors, numbers, eps)
         return h, C, n, kept[0][:, -1].clone(), *kept
 
     @staticmethod
@@ -271,7 +339,7 @@ class Chunkwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_outputs):
         gradients = first_gradients(Gradient, ctx.options, d_outputs, ctx.saved_tensors)
-        return None, None, None, *gradients
+        return None, None, *gradients
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -282,12 +350,12 @@ class Gradient(torch.autograd.Function):
     """The gradients with respect to q, k, v, i, log_f, s, C, n and m."""
 
     @staticmethod
-    def forward(chunk_size, segments, eps, dh, dC, dn, dm, *saved):
+    def forward(numbers, eps, dh, dC, dn, dm, *saved):
         q, k, v, i, log_f, s, C, n, m, h, C_end, n_end, _, m_t, *kept = saved
         q, k, v, dh = map(readable, (q, k, v, dh))
         C, n, dC, dn = (x.contiguous() for x in (C, n, dC, dn))
         tensors = dh, dC, dn, q, k, v, C, n, h, m_t, *kept
-        gradients = backward_operator(*tensors, chunk_size, segments, eps)
+        gradients = backward_operator(*tensors, numbers, eps)
         *gradients, dC_first, dn_first, dm_t, di, dlog_f = gradients
         di, dlog_f = (x.sum(0)[..., : q.shape[1]].transpose(1, 2) for x in (di, dlog_f))
         # A stabilizer only scales, so its gradient cancels, but for eps and the last state. What
@@ -300,14 +368,14 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        *ctx.options, _, _, _, _ = inputs[:7]
-        ctx.save_for_backward(*inputs[3:16])
+        *ctx.options, _, _, _, _ = inputs[:6]
+        ctx.save_for_backward(*inputs[2:15])
 
     @staticmethod
     def backward(ctx, *gradients):
-        chunk_size, _, eps = ctx.options
-        second = second_gradients(chunk_size or 64, eps, ctx.saved_tensors, gradients)
-        return None, None, None, *second, *[None] * (len(ctx.needs_input_grad) - 3 - len(second))
+        numbers, eps = ctx.options
+        second = second_gradients(Plan.of(numbers).L, eps, ctx.saved_tensors, gradients)
+        return None, None, *second, *[None] * (len(ctx.needs_input_grad) - 2 - len(second))
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -4,6 +4,7 @@ Triton itself is not imported: `explain` asks here on every machine.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,7 @@ SMALLEST = 16  # a side of a product on tensor cores
 class Device:
     """What a plan depends on; as it stands, an H100."""
 
+    name: str = "H100"
     processors: int = 132
     reads_shared_memory: bool = True  # tensor cores do, and need no registers for operands
 
@@ -23,23 +25,22 @@ class Device:
             return cls()  # interpreted
         properties = torch.cuda.get_device_properties(x.device)
         is_new = torch.version.hip is None and properties.major >= 9
-        return cls(properties.multi_processor_count, is_new)
+        return cls(properties.name, properties.multi_processor_count, is_new)
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Of a walk, whose memory is as wide as the head, and as a tile. It is multiplied in slices."""
 
-    slice: int
+    slice: int  # all powers of two
     tile: int
     warps: int
+    on_chip: bool = True  # the memory; otherwise in device memory, which a slice at a time leaves
 
-    def count(self, width):
+    def tiles(self, width):
         return -(-width // self.tile)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     L: int
     segments: int
     by_value: Tiles  # of h and dv: DHQK x a tile of DHHV
@@ -52,44 +53,78 @@ class Plan:
             f"and backward also by {self.by_key.tile} keys"
         )
 
+    def numbers(self):
+        """All of them, in one list."""
+        return [self.L, self.segments, *map(int, (*self.by_value, *self.by_key))]
 
-def plan(dtype, S, heads, DHQK, DHHV, device, chunk_size=None, segments=None):
+    @classmethod
+    def of(cls, numbers):
+        L, segments, *tiles = numbers
+        return cls(L, segments, Tiles(*tiles[:4]), Tiles(*tiles[4:]))
+
+
+def plan(dtype, S, heads, DHQK, DHHV, device, chunk_size=None, segments=None, tiles=None):
     """The sizes for a call. `chunk_size` is rounded to what the kernels have."""
-    L = min(power_of_two(chunk_size or MOST), power_of_two(S), longest(dtype, device))
-    by_value, by_key = tiles_of(dtype, DHQK, DHHV, device)
+    L = max(min(power_of_two(chunk_size or MOST), power_of_two(S)), SHORTEST)
+    L = min(L, longest(dtype, device))
+    by_value, by_key = tiles or tiles_of(dtype, L, DHQK, DHHV, device)
     chunks = max(-(-S // L), 1)
-    programs = heads * by_value.count(DHHV)
+    programs = heads * by_value.tiles(DHHV)
     segments = segments or split(chunks, programs, device.processors)
     return Plan(L, min(segments, chunks), by_value, by_key)
 
 
-MOST = 64
-WIDEST = 512  # heads; beyond, even the smallest tile does not fit the registers
+SHORTEST, MOST = 32, 64
 MEMORY = 2**13  # elements on chip: 32 registers of each thread; with twice as many, some spill
 
 
 def longest(dtype, device):
     """Steps of a chunk, a power of two."""
-    if dtype == torch.float32:  # no tensor cores
-        return 16
-    return 64 if device.reads_shared_memory else 32
+    return MOST if device.reads_shared_memory and dtype != torch.float32 else SHORTEST
 
 
-def tiles_of(dtype, DHQK, DHHV, device):
-    """By value and by key."""
-    fits, widest = (MEMORY, 64) if device.reads_shared_memory else (MEMORY // 2, 32)
-    if dtype == torch.float16:  # operands that are computed are in float32 beside it
-        fits //= 4
-    if dtype == torch.float32:
-        widest = SMALLEST
+def tiles_of(dtype, L, DHQK, DHHV, device):
+    """By value and by key.
+
+    The memory of bfloat16 lies on chip, but for the widest heads. float32 has no tensor cores,
+    float16 is multiplied as tf32, and tensor cores that do not read shared memory, as those for
+    less than 64 rows, take operands from registers: no room is left there.
+    """
 
     def tiles(full, width, widest):
-        tile = min(widest, power_of_two(width), max(fits // power_of_two(full), SMALLEST))
+        fits = MEMORY // power_of_two(max(full, 64))
+        if dtype == torch.bfloat16 and L == MOST and fits >= SMALLEST:
+            return Tiles(64, min(widest, power_of_two(width), fits), 8)
         if dtype == torch.float32:
-            return Tiles(16, tile, 4)
-        return Tiles(min(64, power_of_two(full)), tile, 8)
+            return Tiles(16, min(32, power_of_two(width)), 8, on_chip=False)
+        return Tiles(32, min(L, power_of_two(width)), 8, on_chip=False)
 
-    return tiles(DHQK, DHHV, widest), tiles(DHHV, DHQK, min(widest, 32))
+    return tiles(DHQK, DHHV, 64), tiles(DHHV, DHQK, 32)
+
+
+def others(dtype, L, DHQK, DHHV, device):
+    """Pairs of tiles that may be faster than the first one, which is that of `tiles_of`."""
+    first = by_value, by_key = tiles_of(dtype, L, DHQK, DHHV, device)
+    if dtype == torch.float32:
+        return [first, tuple(x._replace(slice=8) for x in first)]
+    if L < MOST or DHQK % SMALLEST or DHHV % SMALLEST:  # what is not aligned takes more registers
+        return [first]
+
+    def off_chip(tile):
+        widths = DHHV, DHQK
+        return tuple(Tiles(32, min(tile, power_of_two(x)), 8, on_chip=False) for x in widths)
+
+    if dtype == torch.float16:
+        return list(dict.fromkeys([first, off_chip(32)]))
+    value, key = off_chip(64)
+    return list(dict.fromkeys([first, (value, by_key), (by_value, key), (value, key)]))
+
+
+def variants(dtype, DHQK, DHHV, device):
+    """All that a call may get, as pairs of L and tiles; the first is the usual one."""
+    sizes = DHQK, DHHV, device
+    lengths = dict.fromkeys([longest(dtype, device), SHORTEST])
+    return [(L, tiles) for L in lengths for tiles in others(dtype, L, *sizes)]
 
 
 def split(chunks, programs, processors):
@@ -103,7 +138,16 @@ def split(chunks, programs, processors):
         rounds, each = -(-programs * segments // processors), -(-chunks // segments)
         return rounds * (each if segments == 1 else 1.5 * each + 4)
 
-    return min((2**x for x in range(chunks.bit_length())), key=cost)
+    costs = [cost(2**x) for x in range(chunks.bit_length())]
+    return 2 ** costs.index(min(costs))
+
+
+def step_tiles(heads, DHQK, DHHV, device):
+    """Rows and columns of C that a program of the decode step has in registers at a time."""
+    tile = min(64, power_of_two(DHHV))
+    while tile > SMALLEST and heads * -(-DHHV // tile) < 2 * device.processors:
+        tile //= 2
+    return min(2048 // tile, power_of_two(DHQK)), tile
 
 
 def power_of_two(x):

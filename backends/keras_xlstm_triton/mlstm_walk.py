@@ -19,8 +19,8 @@ same with another memory, n or dn, of b_y = 1. In h, n is what C would hold of v
     a program: one head, one segment of the sequence, one tile of c
                                              TILE of the width of c
              FULL width of a, b             ┌────┐
-            ┌──────────────┐ a, b of        │    │ M, float32, on chip
-          L │              │ one chunk      │    │ for the whole walk
+            ┌──────────────┐ a, b of        │    │ M, float32, in
+          L │              │ one chunk      ├────┤ slices
             └──────────────┘                └────┘
                              L x L: P, a b^T
                                             ┌────┐
@@ -30,6 +30,11 @@ same with another memory, n or dn, of b_y = 1. In h, n is what C would hold of v
 So every output has one writer, and nothing is added in an order that may change. Where there are
 too few heads and tiles to fill the device, the sequence is cut into segments: a first pass (OUT
 False) gives what each adds to the memory, `chain` in `mlstm_steps.py` what each starts from.
+
+M is multiplied slice by slice. ON_CHIP, its slices stay in registers for the whole walk, and the
+loop over them is unrolled. Otherwise they lie in device memory, of which the cache holds what a
+program comes back to at the next chunk: the loop is short whatever the width, and registers are
+left for operands.
 
 What the gates weigh is computed once, by `weigh` in the same file. On chip all is float32 but the
 operands of products.
@@ -74,6 +79,8 @@ def walk(
     over_out,  # (B, NH, segments), without OUT: what a segment leaves of the memory before it
     C_kept,  # (B, NH, chunks, DHQK, DHHV), at the starts of chunks: from dq to dk
     n_kept,
+    M_work,  # (B, NH, segments, DHQK, DHHV), if not ON_CHIP: M
+    n_work,  # (programs, DHQK): n, in h, of which each tile has its own
     S,
     NH,
     segments,
@@ -84,6 +91,7 @@ def walk(
     TILE_WIDTH: tl.constexpr,
     SLICE: tl.constexpr,  # powers of two
     TILE: tl.constexpr,
+    ON_CHIP: tl.constexpr,
     L: tl.constexpr,
     WALK: tl.constexpr,
     OUT: tl.constexpr,
@@ -116,21 +124,32 @@ def walk(
     else:
         memory, FULL_STEP = full[:, None] * TILE_WIDTH + part[None, :], TILE_WIDTH
     one = (tl.arange(0, 16) == 0).to(tl.float32)[None, :]  # n, in h: a column, of 16 for products
+    C_in += row * SIZE
+    M_work += row * SIZE
+    n_in += row * DHQK
+    n_work += tl.program_id(0).to(tl.int64) * DHQK
     M, n = (), ()
-    for x in tl.static_range(SLICES):
+    for x in (tl.static_range if ON_CHIP else tl.range)(SLICES):
+        in_full = full < FULL_WIDTH - x * SLICE
+        in_memory = in_full[:, None] & in_part[None, :]
         if OUT:
-            in_memory = (full < FULL_WIDTH - x * SLICE)[:, None] & in_part[None, :]
-            first = C_in + row * SIZE + x * SLICE * FULL_STEP + memory
-            M = M + (tl.load(first, mask=in_memory, other=0.0),)
+            M_first = tl.load(C_in + x * SLICE * FULL_STEP + memory, mask=in_memory, other=0.0)
         else:
-            M = M + (tl.zeros((SLICE, TILE), tl.float32),)
+            M_first = tl.zeros((SLICE, TILE), tl.float32)
         if WALK == "h":
-            first_n = n_in + row * DHQK + x * SLICE + full
-            n = n + (tl.load(first_n, mask=full < DHQK - x * SLICE, other=0.0)[:, None] * one,)
+            n_first = tl.load(n_in + x * SLICE + full, mask=in_full, other=0.0)
+        if ON_CHIP:
+            M = M + (M_first,)
+            if WALK == "h":
+                n = n + (n_first[:, None] * one,)
+        else:
+            tl.store(M_work + x * SLICE * FULL_STEP + memory, M_first, mask=in_memory)
+            if WALK == "h":
+                tl.store(n_work + x * SLICE + full, n_first, mask=in_full)
     if BY_KEY:
         n = tl.zeros((TILE,), tl.float32)
         if OUT:
-            n = tl.load(n_in + row * DHQK + part, mask=in_part, other=0.0)
+            n = tl.load(n_in + part, mask=in_part, other=0.0)
     over_all = 1.0
 
     count = tl.minimum(chunks_each, chunks - segment * chunks_each)
@@ -163,8 +182,17 @@ def walk(
         from_memory, from_n = tl.zeros((L, TILE), tl.float32), tl.zeros((L, 16), tl.float32)
         across = 0.0
         M_next, n_next = (), ()
-        for x in tl.static_range(SLICES):
+        if not ON_CHIP:
+            from_n = tl.zeros((L,), tl.float32)
+            tl.debug_barrier()  # what another thread wrote
+        for x in (tl.static_range if ON_CHIP else tl.range)(SLICES):
             in_full = full < FULL_WIDTH - x * SLICE
+            in_memory = in_full[:, None] & in_part[None, :]
+            if ON_CHIP:
+                M_x = M[x]
+            else:
+                M_at = M_work + x * SLICE * FULL_STEP + memory
+                M_x = tl.load(M_at, mask=in_memory, other=0.0)
             at_full = happens[:, None] & in_full[None, :]
             b_at = step[:, None] * b_step + full[None, :]
             b_y = tl.load(b + start * b_step + x * SLICE + b_at, mask=at_full, other=0.0)
@@ -173,24 +201,36 @@ def walk(
                 a_x = tl.load(a + start * a_step + x * SLICE + a_at, mask=at_full, other=0.0)
                 inner = tl.dot(a_x, tl.trans(b_y), inner, input_precision=PRECISION)
                 a_x = a_x.to(DOT)
-                from_memory = tl.dot(a_x, M[x].to(DOT), from_memory, input_precision=PRECISION)
-                if WALK == "h":
-                    from_n = tl.dot(a_x, n[x].to(DOT), from_n, input_precision=PRECISION)
+                from_memory = tl.dot(a_x, M_x.to(DOT), from_memory, input_precision=PRECISION)
                 if BY_KEY:
                     C_at = C_kept + at * SIZE + x * SLICE * FULL_STEP + memory
-                    in_memory = in_full[:, None] & in_part[None, :]
                     if WALK == "dq":
-                        tl.store(C_at, M[x].to(C_kept.dtype.element_ty), mask=in_memory)
+                        tl.store(C_at, M_x.to(C_kept.dtype.element_ty), mask=in_memory)
                     else:
                         C = tl.load(C_at, mask=in_memory, other=0.0).to(tl.float32)
-                        across += tl.sum(C * M[x])
-            b_y = tl.trans(b_y).to(DOT)
-            M_new = M[x] * over_chunk
-            M_next = M_next + (tl.dot(b_y, weighted, M_new, input_precision=PRECISION),)
+                        across += tl.sum(C * M_x)
+            M_new = tl.dot(
+                tl.trans(b_y).to(DOT), weighted, M_x * over_chunk, input_precision=PRECISION
+            )
+            if ON_CHIP:
+                M_next = M_next + (M_new,)
+            else:
+                tl.store(M_at, M_new, mask=in_memory)
             if WALK == "h":
-                n_new, write_n = n[x] * over_chunk, (write[:, None] * one).to(DOT)
-                n_next = n_next + (tl.dot(b_y, write_n, n_new, input_precision=PRECISION),)
-        M = M_next
+                if ON_CHIP:
+                    n_x, write_n = n[x], (write[:, None] * one).to(DOT)
+                    from_n = tl.dot(a_x, n_x.to(DOT), from_n, input_precision=PRECISION)
+                    b_n = tl.trans(b_y).to(DOT)
+                    n_new = tl.dot(b_n, write_n, n_x * over_chunk, input_precision=PRECISION)
+                    n_next = n_next + (n_new,)
+                else:
+                    n_at = n_work + x * SLICE + full
+                    n_x = tl.load(n_at, mask=in_full, other=0.0)
+                    from_n += tl.sum(a_x * n_x[None, :], 1)
+                    n_new = n_x * over_chunk + tl.sum(b_y.to(tl.float32) * write[:, None], 0)
+                    tl.store(n_at, n_new, mask=in_full)
+        if ON_CHIP:
+            M = M_next
 
         if OUT:
             w_x, w_y = (w + 2 * L, w) if BACK else (w, w + 2 * L)
@@ -200,7 +240,9 @@ def walk(
             P = tl.exp(tl.where(meets, log_P, NEVER))
             if WALK == "h":
                 inner *= P
-                nq_t = tl.sum(inner, 1) + tl.sum(from_n, 1) * read
+                if ON_CHIP:
+                    from_n = tl.sum(from_n, 1)
+                nq_t = tl.sum(inner, 1) + from_n * read
             elif WALK == "dq":
                 inner = (inner * r[:, None] + e[:, None]) * P
             elif WALK == "dk":
@@ -254,7 +296,7 @@ def walk(
                 tl.store(dlog_f + gate_at, d_gate + tl.load(dlog_f + gate_at))
                 tl.store(di + gate_at, tl.sum(out_x * d_x.to(tl.float32), 1))
 
-        if WALK == "h":
+        if WALK == "h" and ON_CHIP:
             n = n_next
         elif WALK == "dq":
             n = n * over_chunk + tl.sum(c_y.to(tl.float32) * write[:, None], 0)
@@ -269,13 +311,23 @@ def walk(
         if tile == 0:
             tl.store(over_out + row, over_all)
     if (WALK == "h" or WALK == "dk" or not OUT) and is_end:
-        for x in tl.static_range(SLICES):
+        C_out += end * SIZE
+        n_out += end * DHQK
+        if not ON_CHIP:
+            tl.debug_barrier()
+        for x in (tl.static_range if ON_CHIP else tl.range)(SLICES):
             in_full = full < FULL_WIDTH - x * SLICE
             in_memory = in_full[:, None] & in_part[None, :]
-            C_at = C_out + end * SIZE + x * SLICE * FULL_STEP + memory
-            tl.store(C_at, M[x], mask=in_memory)
+            if ON_CHIP:
+                M_last = M[x]
+            else:
+                M_last = tl.load(M_work + x * SLICE * FULL_STEP + memory, mask=in_memory)
+            tl.store(C_out + x * SLICE * FULL_STEP + memory, M_last, mask=in_memory)
             if WALK == "h" and tile == 0:
-                n_at = n_out + end * DHQK + x * SLICE + full
-                tl.store(n_at, tl.sum(n[x], 1), mask=in_full)
+                if ON_CHIP:
+                    n_last = tl.sum(n[x], 1)
+                else:
+                    n_last = tl.load(n_work + x * SLICE + full, mask=in_full)
+                tl.store(n_out + x * SLICE + full, n_last, mask=in_full)
         if BY_KEY:
-            tl.store(n_out + end * DHQK + part, n, mask=in_part)
+            tl.store(n_out + part, n, mask=in_part)

@@ -2,12 +2,14 @@
 
 python examples/benchmarks/kernels.py --compile                  a table, for all targets
 python examples/benchmarks/kernels.py --compile sm_90 --widths 256x512 --dtypes bfloat16
+python examples/benchmarks/kernels.py --compile sm_90 --every --widths 40x20 64x64 256x512 512x512
 python examples/benchmarks/kernels.py --device gpu --json results.json
 
-Every variant of the mLSTM's walk (`backends/keras_xlstm_triton/mlstm_walk.py`) that a call may
-choose is compiled ahead of time. The table says what a program needs of a chip: registers of a
-thread, bytes of a thread that did not fit them (spills), shared memory of a program; and how many
-instructions for tensor cores it has. The exit status is 1 where one needs more than the chip has.
+The variants of the mLSTM's walk (`backends/keras_xlstm_triton/mlstm_walk.py`) that a call usually
+gets, or with `--every` all that it may get, are compiled ahead of time, and so is the decode step.
+The table says what a program needs of a chip: registers of a thread, bytes of a thread that did not
+fit them (spills), shared memory of a program; and how many instructions for tensor cores it has.
+The exit status is 1 where one needs more than the chip has, or spills on sm_90 or sm_100.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -25,64 +27,102 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of a program
-WIDTHS = "64x64", "128x128", "128x256", "256x512"  # DHQK x DHHV
+WIDTHS = "40x20", "64x64", "128x256", "256x512", "512x512", "1024x96"  # DHQK x DHHV
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # Of the walks that `mlstm_walk.py` lists, and of their first pass over segments, which has no out.
 WALKS = ("h", True), ("dq", True), ("dk", True), ("dv", True), ("dq", False), ("dk", False)
+WALKS += (("step", True),)  # the decode step, which is no walk
 TENSOR_CORES = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
-COLUMNS = "target", "dtype", "widths", "walk", "registers", "spills", "shared", "tensor cores"
+COLUMNS = ("target", "dtype", "widths", "walk", "L, slice x tile of the memory")
+COLUMNS += ("registers", "spills", "shared", "tensor cores")
 
 
-def compiled(target, dtype, widths, walk, out):
-    """A row of the table."""
+def compiled(target, dtype, widths, walk, out, every=False):
+    """Rows of the table: of the usual variant, or of every one."""
     import torch
-    import triton
-    from keras_xlstm_triton.mlstm import operands
-    from keras_xlstm_triton.mlstm_plan import Device, longest, tiles_of
-    from keras_xlstm_triton.mlstm_walk import walk as kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from keras_xlstm_triton.mlstm_plan import Device, variants
 
+    if walk == "step":
+        return list(decode_step(target, dtype, widths))
     torch_dtype, (DHQK, DHHV) = getattr(torch, dtype), map(int, widths.split("x"))
     # As `Device.of` says of it.
     device = Device(reads_shared_memory=target in ("sm_90", "sm_100"))
-    by_value, by_key = tiles_of(torch_dtype, DHQK, DHHV, device)
-    tiles, full, part = (by_key, DHHV, DHQK) if walk in ("dq", "dk") else (by_value, DHQK, DHHV)
-    dot, precision = operands(torch_dtype)
-    L = longest(torch_dtype, device)
+    by_key = walk in ("dq", "dk")
+    found = [(L, tiles[by_key]) for L, tiles in variants(torch_dtype, DHQK, DHHV, device)]
+    found = list(dict.fromkeys(found)) if every else found[:1]
+    return [variant(target, dtype, widths, walk, out, L, tiles) for L, tiles in found]
+
+
+def variant(target, dtype, widths, walk, out, L, tiles):
+    import torch
+    from keras_xlstm_triton.mlstm import operands, registers
+    from keras_xlstm_triton.mlstm_walk import walk as kernel
+
+    DHQK, DHHV = map(int, widths.split("x"))
+    full, part = (DHHV, DHQK) if walk in ("dq", "dk") else (DHQK, DHHV)
+    dot, precision = operands(getattr(torch, dtype))
     constants = {
         "FULL_WIDTH": full, "TILE_WIDTH": part, "SLICE": tiles.slice, "TILE": tiles.tile,
-        "L": L, "WALK": walk, "OUT": out, "DOT": dot, "PRECISION": precision,
+        "ON_CHIP": tiles.on_chip, "L": L, "WALK": walk, "OUT": out, "DOT": dot,
+        "PRECISION": precision,
     }  # fmt: skip
+    types = dict.fromkeys(("a", "b", "c", "d", "out"), f"*{DTYPES[dtype]}") | {
+        "C_kept": "*bf16" if dtype == "bfloat16" else "*fp32",
+        "eps": "fp32",
+        **dict.fromkeys(("S", "NH", "segments", "chunks", "chunks_each"), "i32"),
+    }
+    strides = {f"{x}_{axis}" for x in "abcd" for axis in ("batch", "step", "head")}
+    types |= dict.fromkeys(strides, "i32")
+    aligned = {x for x in strides if (full if x[0] in "ab" else part) % 16 == 0}
+    name = walk if out else f"{walk}, first pass"
+    options = {"num_warps": tiles.warps, **registers(out, target.startswith("gfx"))}
+    row = for_target(target, kernel, types, constants, aligned, options)
+    return target, dtype, widths, name, form(L, tiles), *row
 
-    def type_of(name):
-        if name in constants:
-            return "constexpr"
-        if name in ("a", "b", "c", "d", "out"):
-            return f"*{DTYPES[dtype]}"
-        if name == "C_kept":
-            return "*bf16" if dtype == "bfloat16" else "*fp32"
-        if name == "eps":
-            return "fp32"
-        is_number = name in ("S", "NH", "segments", "chunks", "chunks_each")
-        return "i32" if is_number or re.fullmatch("[abcd]_(batch|step|head)", name) else "*fp32"
 
-    types = {name: type_of(name) for name in kernel.arg_names}
-    aligned = {
+def form(L, tiles):
+    return f"{L}, {tiles.slice}x{tiles.tile} {'on' if tiles.on_chip else 'off'} chip"
+
+
+def decode_step(target, dtype, widths):
+    """The decode step, by the tiles of many heads and of few."""
+    from keras_xlstm_triton.mlstm_plan import Device, step_tiles
+    from keras_xlstm_triton.mlstm_update import update
+
+    DHQK, DHHV = map(int, widths.split("x"))
+    strides = {f"{x}_{axis}" for x in "qkv" for axis in ("batch", "head")}
+    types = dict.fromkeys(("q", "k", "v", "h"), f"*{DTYPES[dtype]}")
+    types |= dict.fromkeys(strides | {"NH"}, "i32") | {"scale": "fp32", "eps": "fp32"}
+    aligned = {x for x in strides if (DHHV if x[0] == "v" else DHQK) % 16 == 0}
+    for rows, tile in dict.fromkeys(step_tiles(n, DHQK, DHHV, Device()) for n in (8, 1024)):
+        constants = {"DHQK": DHQK, "DHHV": DHHV, "ROWS": rows, "TILE": tile}
+        row = for_target(target, update, types, constants, aligned, {"num_warps": 4})
+        yield target, dtype, widths, "step", f"{rows}x{tile}", *row
+
+
+def for_target(target, kernel, types, constants, aligned, options):
+    """Registers, spills, shared memory and instructions for tensor cores.
+
+    `types` are those of arguments that are no pointers to float32; pointers and the strides in
+    `aligned` are multiples of 16.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | types
+    types |= dict.fromkeys(constants, "constexpr")
+    attributes = {
         (number,): [["tt.divisibility", 16]]
         for number, (name, kind) in enumerate(types.items())
-        if kind[0] == "*" or re.fullmatch("[abcd]_(batch|step|head)", name)
+        if kind[0] == "*" or name in aligned
     }
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-    options = {"num_warps": tiles.warps, "num_stages": 1}
-    source = ASTSource(kernel, types, constants, aligned)
-    result = triton.compile(source, target=gpu, options=options)
-    registers, spills = resources_of(result, amd)
-    text = result.asm["amdgcn" if amd else "ptx"]
-    name = walk if out else f"{walk}, first pass"
-    found = len(re.findall(TENSOR_CORES, text))
-    return target, dtype, widths, name, registers, spills, result.metadata.shared, found
+    source = ASTSource(kernel, types, constants, attributes)
+    result = triton.compile(source, target=gpu, options=options | {"num_stages": 1})
+    found = len(re.findall(TENSOR_CORES, result.asm["amdgcn" if amd else "ptx"]))
+    return *resources_of(result, amd), result.metadata.shared, found
 
 
 def resources_of(result, amd):
@@ -106,12 +146,12 @@ AMD_KEYS = "vgpr_count", "private_segment_fixed_size"
 
 def problems(row):
     """What a chip cannot do, or not well. What is known stands in `backends/README.md`."""
-    target, dtype, _, _, _, spills, shared, tensor_cores = row
+    target, dtype, _, walk, _, _, spills, shared, tensor_cores = row
     if shared > SHARED[target] * 1024:
         yield f"needs {shared} bytes of shared memory"
-    if spills and dtype == "bfloat16" and target in ("sm_90", "sm_100"):
+    if spills and target in ("sm_90", "sm_100"):
         yield f"spills {spills} bytes"
-    if dtype != "float32" and not tensor_cores:
+    if dtype != "float32" and walk != "step" and not tensor_cores:
         yield "has no instruction for tensor cores"
 
 
@@ -125,14 +165,15 @@ def main():
     parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="DHQKxDHHV")
     parser.add_argument("--dtypes", nargs="+", default=[*DTYPES], choices=DTYPES)
     parser.add_argument("--walks", nargs="+", choices=sorted({name for name, _ in WALKS}))
+    parser.add_argument("--every", action="store_true", help="the plans too that may be timed")
     options = parser.parse_args()
     walks = [walk for walk in WALKS if walk[0] in (options.walks or walk)]
     cases = product(options.compile or SHARED, options.dtypes, options.widths, walks)
-    columns = zip(*((*case, *walk) for *case, walk in cases), strict=True)
+    columns = zip(*((*case, *walk, options.every) for *case, walk in cases), strict=True)
     broken = 0
     print("|", " | ".join(COLUMNS), "|\n|" + "---|" * len(COLUMNS))
     with ProcessPoolExecutor(2) as pool:
-        for row in pool.map(compiled, *columns):
+        for row in chain.from_iterable(pool.map(compiled, *columns)):
             found = ", ".join(problems(row))
             broken += bool(found)
             print("|", " | ".join(map(str, row)), "|", f" <- {found}" if found else "", flush=True)

@@ -148,7 +148,6 @@ def mlstm_step(q, k, v, i, f, state, *, mask=None, reset=None, eps=1e-6):
         reset=reset,
         return_state=True,
         eps=eps,
-        kernel="step",
     )
     return ops.squeeze(h, 1), state
 
