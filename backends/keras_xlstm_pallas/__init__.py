@@ -4,7 +4,8 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_pallas import xla
+    from keras_xlstm_pallas import mlstm, xla
 
+    kernels.register("pallas", mlstm.mlstm, mlstm.why_not, priority=20, how=mlstm.how)
     kernels.register("xla", xla.mlstm, xla.why_not, priority=10, how=xla.how)
     kernels.register("xla", xla.slstm, xla.why_not, op="slstm", priority=10)

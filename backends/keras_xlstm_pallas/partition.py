@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 FREE = "B", "NH"  # the axes along which a kernel may be cut
 
 
-def by_batch_and_head(function, inputs, outputs):
+def by_batch_and_head(function, inputs, outputs, sharded=True):
     """A function that XLA cuts along the axes "B" and "NH", and no other, and that can be mapped.
 
     Args:
@@ -21,12 +21,15 @@ def by_batch_and_head(function, inputs, outputs):
             sizes that a device holds, and must close over no array.
         inputs, outputs: for each array the names of its axes, such as `"B S NH DHQK"`. Each
             output has an axis "B".
+        sharded: bool. JAX cannot cut what has side effects, as Pallas' interpreter of TPUs.
 
     Returns:
         A callable like `function`. It is not differentiable: that is for a `custom_vjp` around
         it.
     """
     inputs, outputs = (tuple(names.split() for names in arrays) for arrays in (inputs, outputs))
+    if not sharded:
+        return mapped(function, inputs, outputs)
     cut = custom_partitioning(lambda *arrays: tuple(function(*arrays)))
 
     def partition(mesh, arguments, results):
