@@ -28,10 +28,11 @@ from keras_xlstm_pallas.partition import by_batch_and_head
 SETTING = "KERAS_XLSTM_PALLAS"
 DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
 OVER = -8192.0  # a logarithm of which exp is 0, and of which a chunk's sum is exact
-WIDEST = {"tpu": 2048, "gpu": 512}  # keys
+BLOCK = 2**16  # elements of a block of keys of a TPU
+WIDEST = {"tpu": 1024, "gpu": 512}  # keys
 # Elements of the memory of a program: of float32, seven of them in 16 MiB of a TPU's VMEM; 32
 # registers of each thread of a GPU.
-MEMORY = {"tpu": 2**18, "gpu": 2**13}
+MEMORY = {"tpu": 2**17, "gpu": 2**13}
 
 
 class Target(NamedTuple):
@@ -105,7 +106,7 @@ class Plan(NamedTuple):
             DHQK = power_of_two(DHQK)
             T = min(power_of_two(DHHV), max(MEMORY["gpu"] // DHQK, 16), 16 if exact else 64)
         else:
-            L = min(-(-x // 16) * 16 for x in (chunk_size or 128, S, 128))
+            L = min(-(-x // 16) * 16 for x in (chunk_size or 128, S, 128, BLOCK // DHQK // 16 * 16))
             fits = MEMORY["tpu"] // DHQK // 128 * 128
             T = min(DHHV, fits)
         return cls(target, L, T, DHQK, -(-DHHV // T) * T, numbers, jnp.dtype(computed), eps)
@@ -127,8 +128,7 @@ class Plan(NamedTuple):
 
     def cut(self, function, inputs, outputs):
         function = functools.partial(function, self)
-        sharded = self.target != ("tpu", True)
-        return by_batch_and_head(function, inputs, outputs, sharded)
+        return by_batch_and_head(function, inputs, outputs, self.target.platform == "tpu")
 
     @property
     def kernels(self):

@@ -5,15 +5,19 @@ XLA cannot look into a kernel. Without a rule it would gather a kernel's inputs 
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 FREE = "B", "NH"  # the axes along which a kernel may be cut
 
 
-def by_batch_and_head(function, inputs, outputs, sharded=True):
-    """A function that XLA cuts along the axes "B" and "NH", and no other, and that can be mapped.
+def by_batch_and_head(function, inputs, outputs, on_tpu=False):
+    """A function that is cut along the axes "B" and "NH", and no other, and that can be mapped.
+
+    As its arrays are sharded, which XLA knows when it compiles. For a TPU it does not ask (JAX
+    issue 38196): there, along the mesh of `keras.distribution`, see `over_mesh`.
 
     Args:
         function: callable, from arrays to a tuple of arrays. Rows of the batch, and heads, must
@@ -21,15 +25,15 @@ def by_batch_and_head(function, inputs, outputs, sharded=True):
             sizes that a device holds, and must close over no array.
         inputs, outputs: for each array the names of its axes, such as `"B S NH DHQK"`. Each
             output has an axis "B".
-        sharded: bool. JAX cannot cut what has side effects, as Pallas' interpreter of TPUs.
+        on_tpu: bool, whether it is compiled for a TPU, or computes as if.
 
     Returns:
         A callable like `function`. It is not differentiable: that is for a `custom_vjp` around
         it.
     """
     inputs, outputs = (tuple(names.split() for names in arrays) for arrays in (inputs, outputs))
-    if not sharded:
-        return mapped(function, inputs, outputs)
+    if on_tpu:
+        return mapped(over_mesh(function, inputs, outputs), inputs, outputs)
     cut = custom_partitioning(lambda *arrays: tuple(function(*arrays)))
 
     def partition(mesh, arguments, results):
@@ -47,6 +51,39 @@ def by_batch_and_head(function, inputs, outputs, sharded=True):
         need_replication_factors=tuple(name for name in names if name not in FREE),
     )
     return mapped(cut, inputs, outputs)
+
+
+def over_mesh(function, inputs, outputs):
+    """`function` along the mesh of `keras.distribution`, where one is set and divides the sizes.
+
+    "B" along its axis for batches, "NH" along the others, which share out a model.
+    """
+
+    def call(*arrays):
+        distribution = keras.distribution.distribution()
+        by_hand = jax.sharding.get_abstract_mesh().manual_axes
+        if distribution is None or distribution.device_mesh is None or by_hand:
+            return tuple(function(*arrays))
+        mesh = distribution.device_mesh
+        sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+        lengths = {}
+        for axes, x in zip(inputs, arrays, strict=True):
+            lengths.update(zip(axes, x.shape, strict=True))
+        chosen = {}
+        for name, size in sizes.items():
+            axis = "B" if name == distribution.batch_dim_name else "NH"
+            if axis not in chosen and lengths[axis] % size == 0:
+                chosen[axis] = name
+        specs = [PartitionSpec(*(chosen.get(name) for name in axes)) for axes in inputs + outputs]
+        return jax.shard_map(
+            lambda *arrays: tuple(function(*arrays)),
+            mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)),
+            in_specs=tuple(specs[: len(inputs)]),
+            out_specs=tuple(specs[len(inputs) :]),
+            check_vma=False,
+        )(*arrays)
+
+    return call
 
 
 def of_all(mesh, arrays, shapes):
