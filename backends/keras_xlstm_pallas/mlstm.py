@@ -151,7 +151,7 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled(plan, *inputs):
-    return _mlstm(plan, *inputs)
+    return _mlstm(plan, *inputs)[0]
 
 
 SEQUENCES = "B S NH DHQK", "B S NH DHQK", "B S NH DHHV", *["B S NH"] * 3
@@ -161,22 +161,18 @@ INPUTS, OUTPUTS, KEPT = (*SEQUENCES, *STATE), ("B S NH DHHV", *STATE), ("B S NH"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlstm(plan, *inputs):
-    return _forward(plan, *inputs)[0]
-
-
-def _forward(plan, *inputs):
-    """The outputs, and of each step n^T q, m_t and m_(t-1)."""
+    """The outputs; and what `_gradients` wants, of which there is no gradient."""
     out = plan.cut(forward, INPUTS, OUTPUTS + KEPT)(*inputs)
     return out[:4], out[4:]
 
 
 def _mlstm_forward(plan, *inputs):
-    outputs, kept = _forward(plan, *inputs)
-    return outputs, (inputs, outputs, kept)
+    outputs, kept = _mlstm(plan, *inputs)  # itself, since it may be differentiated twice
+    return (outputs, kept), (inputs, outputs, kept)
 
 
-def _mlstm_backward(plan, residuals, d_outputs):
-    return _gradients(plan, *residuals, d_outputs)
+def _mlstm_backward(plan, residuals, d):
+    return _gradients(plan, *residuals, d[0])
 
 
 _mlstm.defvjp(_mlstm_forward, _mlstm_backward)
@@ -216,7 +212,7 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def forward(plan, q, k, v, i, log_f, s, C, n, m):
-    """Of what a device has: see `_forward`."""
+    """Of what a device has: see `_mlstm`. Kept are, of each step, n^T q, m_t and m_(t-1)."""
     m_t, before = stabilizers(log_f, s, m)
     floor = floor_of(m_t)
     weights = weigh(plan, i, log_f, m_t, before, floor, jnp.zeros_like(floor))
@@ -251,9 +247,10 @@ def backward(plan, q, k, v, i, log_f, s, C, n, m, h, C_end, n_end, m_end, nq, m_
     # A stabilizer only scales, so its gradient cancels, but for eps and the last state. What is
     # left flows to the step that set the maximum.
     dm = dm - jnp.sum(dC * C_end, (-1, -2)) - jnp.sum(dn * n_end, -1)
-    ds, more, dm = to_the_maximum(-plan.eps * along, dm, before, log_f, s)
-    dm = dm + jnp.sum(dC_start * C, (-1, -2)) + jnp.sum(dn_start * n, -1)
-    return dq, dk, dv, di, dlog_f + more, ds, dC_start, dn_start, dm
+    ds, more, _ = to_the_maximum(-plan.eps * along, dm, before, log_f, s)
+    dlog_f = dlog_f + more
+    dm = dlog_f[:, 0]  # m comes in as log_f + m of the first step, and nowhere else
+    return dq, dk, dv, di, dlog_f, ds, dC_start, dn_start, dm
 
 
 def floor_of(m_t):
