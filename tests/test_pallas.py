@@ -1,0 +1,188 @@
+"""The Pallas mLSTM without a GPU and without a TPU: interpreted, and in the real compilers.
+
+`KERAS_XLSTM_PALLAS` says what a call is computed as, see `keras_xlstm_pallas/mlstm.py`.
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import conformance
+import keras
+import numpy as np
+import pytest
+from conformance import MLSTM_CASES, Case
+
+from keras_xlstm import kernels
+from keras_xlstm.ops import mlstm
+
+if keras.backend.backend() != "jax":
+    pytest.skip("Pallas serves JAX", allow_module_level=True)
+import jax
+import jax.numpy as jnp
+from keras_xlstm_pallas import mlstm as pallas
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTING = pallas.SETTING
+
+# Two whole chunks and a part of one, and several tiles of values.
+WIDE = dict(S=37, NH=2, mask="holes", reset="some", chunk_size=16)
+GPU = {name: case for name, case in MLSTM_CASES.items() if name != "no-step"} | {
+    "tiles": Case(DHQK=20, DHHV=40, **WIDE),
+    "tiles-bfloat16": Case(DHQK=130, DHHV=70, dtype="bfloat16", **WIDE),
+}
+# Its interpreter is slow.
+SOME = "plain", "mask-left", "mask-holes", "mask-all", "reset-some", "i-high-f-low", "i-low-f-high"
+SOME += "i-f-mixed", "i-f-mixed-mask-and-reset", "bfloat16", "one-step-reset", "chunk-of-100"
+TPU = {name: MLSTM_CASES[name] for name in SOME} | {
+    "tiles": Case(DHQK=20, DHHV=200, **WIDE),  # filled up to two tiles of 128
+    "tiles-bfloat16": Case(DHQK=128, DHHV=256, dtype="bfloat16", **WIDE),  # cut out by lanes
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Sets what a kernel computes as, and names it: what is compiled for a name is kept."""
+
+    def use(platform):
+        monkeypatch.setenv(SETTING, f"interpret-{platform}")
+        names.append(f"pallas as on a {platform}")
+        kernels.register(names[-1], pallas.mlstm, pallas.why_not, priority=-100)
+        return names[-1]
+
+    names = []
+    yield use
+    for name in names:
+        kernels._kernels["mlstm"].pop(name)
+
+
+def check(kernel, case):
+    conformance.check_values_and_states("mlstm", kernel, case)
+    conformance.check_gradients("mlstm", kernel, case)
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_as_on_a_gpu(interpreted, name):
+    check(interpreted("gpu"), GPU[name])
+
+
+@pytest.mark.parametrize("name", TPU)
+def test_as_on_a_tpu(interpreted, monkeypatch, name):
+    if name.startswith("tiles"):
+        monkeypatch.setitem(pallas.MEMORY, "tpu", 128 * TPU[name].DHQK)
+    check(interpreted("tpu"), TPU[name])
+
+
+def given(case):
+    """The arguments of `outputs`, and weights of them."""
+    expected = conformance.truth("mlstm", case)
+    return list(expected.tensors.values()), [jnp.asarray(w) for w in expected.weights]
+
+
+def outputs(kernel, tensors):
+    options = {"kernel": kernel, "return_state": True, "chunk_size": 16}
+    h, state = conformance.call("mlstm", mlstm, tensors, {}, **options)
+    return [h, *state]
+
+
+def test_vmap_and_second_derivatives(interpreted):
+    """Both as of XLA's form, which `test_transforms.py` holds to the oracle."""
+    kernel, (tensors, weights) = interpreted("gpu"), given(Case(S=20))
+
+    def slopes(kernel, tensors):
+        def loss(tensors):
+            pairs = zip(weights, outputs(kernel, tensors), strict=True)
+            return sum(jnp.sum(w * y) for w, y in pairs)
+
+        return jax.grad(loss)(tensors)
+
+    def steepness(tensors, kernel):
+        return sum(jnp.sum(x**2) for x in slopes(kernel, tensors))
+
+    def of_row(tensors, kernel):
+        return slopes(kernel, [x[None] for x in tensors])
+
+    def of_rows(tensors, kernel):
+        return jax.vmap(lambda *row: of_row(row, kernel))(*tensors)
+
+    for derivatives in jax.grad(steepness), of_rows:
+        ours, theirs = (jax.jit(derivatives, static_argnums=1)(tensors, x) for x in (kernel, "xla"))
+        for x, y in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * np.max(np.abs(y)))
+
+
+def run(script, **environment):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment
+    command = [sys.executable, *script.split()]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_sharded_by_batch_and_head():
+    """Nothing goes between devices, forward or backward."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    settings = {"XLA_FLAGS": flags, SETTING: "interpret-gpu", "JAX_PLATFORMS": "cpu"}
+    said = run("tests/sharded_pallas.py", **settings).splitlines()
+    assert said == ["outputs: []", "gradients: []", "over the mesh of Keras: []"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_compiles_for_tpus():
+    """By the real compiler, in the VMEM that there is, and for chips that share out the work."""
+    print(run("examples/benchmarks/tpu.py v5e --widths 20x36 128x256"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lowers_for_gpus(monkeypatch, dtype):
+    """To Triton's language: what compiles it further needs a GPU."""
+    monkeypatch.setenv(SETTING, "gpu")
+    case = Case(S=100, chunk_size=64, DHQK=20, DHHV=200, dtype=dtype)
+    tensors, weights = given(case)
+
+    def gradients(tensors, weights):
+        weights = [
+            w.astype(y.dtype) for w, y in zip(weights, outputs("pallas", tensors), strict=True)
+        ]
+        return jax.vjp(lambda x: outputs("pallas", x), tensors)[1](weights)
+
+    allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    export = jax.export.export(jax.jit(gradients), platforms=["cuda"], disabled_checks=[allowed])
+    program = export(tensors, weights).mlir_module()
+    assert program.count("@__gpu$xla.gpu.triton") == 3
+
+
+def test_explain_says_for_what_and_how(monkeypatch):
+    q = jnp.zeros((1, 300, 2, 64), "bfloat16")
+    i = jnp.zeros((1, 300, 2))
+    explain = functools.partial(kernels.explain, q, q, q, i, i)
+    monkeypatch.delenv(SETTING, raising=False)
+    if jax.default_backend() == "cpu":
+        assert "- pallas: needs a GPU or a TPU, the default device is a CPU\n* xla" in explain()
+    monkeypatch.setenv(SETTING, "tpu")
+    assert (
+        "* pallas: serves this call, for a TPU, in chunks of 128 steps, by 64 values a program"
+    ) in explain()
+    half = q.astype("float16")
+    assert "needs one of ('float32', 'bfloat16') on a tpu" in kernels.explain(
+        half, half, half, i, i
+    )
+    monkeypatch.setenv(SETTING, "gpu")
+    assert "for a GPU, in chunks of 64 steps, by 64 values a program" in explain()
+    wide = jnp.zeros((1, 300, 2, 520))
+    assert "needs keys of at most 512, received 520" in kernels.explain(wide, wide, q, i, i)
+    monkeypatch.setenv(SETTING, "cuda")
+    with pytest.raises(ValueError, match="must be one of"):
+        explain()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="needs a GPU or a TPU")
+@pytest.mark.parametrize("name", GPU)
+def test_on_a_device(name):
+    case = GPU[name]
+    if "pallas" in conformance.serving("mlstm", case):  # a TPU has no float16
+        check("pallas", case)
