@@ -4,13 +4,13 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_triton import eager_linear, eager_mlstm, mlstm, traced
+    from keras_xlstm_triton import eager_linear, eager_mlstm, eager_slstm, mlstm, slstm, traced
     from keras_xlstm_triton.eager_linear import why_not
-    from keras_xlstm_triton.eager_slstm import slstm
 
     kernels.register("triton", mlstm.mlstm, mlstm.why_not, priority=20, how=mlstm.how)
     kernels.register("torch", eager_mlstm.mlstm, why_not, priority=10, how=eager_mlstm.how)
-    kernels.register("torch", slstm, why_not, op="slstm", priority=10)
+    kernels.register("triton", slstm.slstm, slstm.why_not, op="slstm", priority=20, how=slstm.how)
+    kernels.register("torch", eager_slstm.slstm, why_not, op="slstm", priority=10)
     kernels.register(
         "onednn", eager_linear.linear, eager_linear.why_not_linear, op="linear", priority=10
     )

@@ -35,17 +35,23 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None):
 
 
 def why_not(q, k, v, *args, **kwargs):
-    if reason := eager_linear.why_not(q):
+    if reason := why_not_multiplied(q, k, v):
         return reason
-    if q.device.type != "cuda" and not (interpreted() and q.device.type == "cpu"):
-        return f"needs CUDA tensors, received {q.device.type}"
-    if not INSTALLED:
-        return "needs Triton, which is not installed"
-    dtypes = {x.dtype for x in (q, k, v)}
-    if not dtypes <= set(DTYPES):
-        return f"needs float32, float16 or bfloat16, received {sorted(map(str, dtypes))}"
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         return f"needs heads of at most {WIDEST}, received {q.shape[-1]} and {v.shape[-1]}"
+
+
+def why_not_multiplied(*tensors):
+    """What rules out Triton for these, whatever the kernel."""
+    if reason := eager_linear.why_not(tensors[0]):
+        return reason
+    device, dtypes = tensors[0].device.type, {x.dtype for x in tensors}
+    if device != "cuda" and not (interpreted() and device == "cpu"):
+        return f"needs CUDA tensors, received {device}"
+    if not INSTALLED:
+        return "needs Triton, which is not installed"
+    if not dtypes <= set(DTYPES):
+        return f"needs float32, float16 or bfloat16, received {sorted(map(str, dtypes))}"
     if interpreted() and torch.bfloat16 in dtypes:
         return "needs a GPU for bfloat16, which Triton's interpreter does not multiply"
 
