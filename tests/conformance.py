@@ -112,6 +112,8 @@ MLSTM_CASES = CASES | {
 SLSTM_CASES = {
     name: replace(case, S=25) if case.chunk_size else case for name, case in CASES.items()
 }
+# A state that is fresh before the first step and, in rows without steps, after the last.
+SLSTM_CASES["mask-all-fresh"] = Case(S=2, mask="empty", state=False)
 
 
 def gate(rng, shape, at):
