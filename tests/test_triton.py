@@ -212,7 +212,7 @@ print(kx.kernels.explain(q, q, q, q[..., 0], q[..., 0]))
     [
         "sm_90 --dtypes bfloat16 --widths 64x64 256x512",
         "sm_90 --widths 64 256",
-        "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128",
+        "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128 --walks backward",
         "sm_90 --dtypes float16 float32 --widths 128x128 --walks h dk",
         "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128x256 --walks dq dv",
     ],
