@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ("jax", "tensorflow", "torch")
 # In a process of their own: the kernels of Triton on the CPU, see `test_triton.py`.
-TRITON = ("tests/test_triton.py", "tests/test_mlstm.py", "tests/test_transforms.py")
-TRITON += ("-k", "triton or (transforms and mlstm)")
+TRITON = ("tests/test_triton.py", "tests/test_mlstm.py", "tests/test_slstm.py")
+TRITON += ("tests/test_transforms.py", "-k", "triton or (transforms and (mlstm or slstm))")
 CHECKS = ("ruff check", "ruff format --check", "mypy")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow tells of the machine's CPU, at length
 

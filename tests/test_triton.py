@@ -17,15 +17,16 @@ import conformance
 import keras
 import numpy as np
 import pytest
-from conformance import BOTH, MLSTM_CASES, Case
+from conformance import BOTH, MLSTM_CASES, OPS, SLSTM_CASES, Case
 
 from keras_xlstm import kernels
-from keras_xlstm.ops import mlstm, mlstm_step
+from keras_xlstm.ops import mlstm, mlstm_step, slstm
 
 if keras.backend.backend() != "torch":
     pytest.skip("Triton serves torch", allow_module_level=True)
 import torch
 from keras_xlstm_triton import mlstm as triton_mlstm
+from keras_xlstm_triton import slstm as triton_slstm
 from keras_xlstm_triton.mlstm_plan import Device, Tiles, plan, split, variants
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -149,9 +150,71 @@ def test_strides_of_any_kind():
         np.testing.assert_allclose(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
 
 
+# The sLSTM's recurrent weights stay on chip, or come from memory each step. Of the wide cases, a
+# second program has the last rows of the batch, and a second tile the last columns.
+READ_EACH_STEP = "mask-all", "i-f-mixed-mask-and-reset", "one-step", "float16"
+WIDE_SLSTM = {
+    "float32": Case(S=3, mask="holes", reset="some", B=18, NH=2, DHHV=72),
+    "float16": Case(S=3, mask="holes", reset="some", B=18, NH=1, DHHV=72, dtype="float16"),
+}
+
+
+@pytest.fixture
+def slstm_forms():
+    """The kernel, made to keep its weights on chip and not to."""
+    names = {"on chip": True, "each step": False}
+    for name, on_chip in names.items():
+        serve = partial(triton_slstm.slstm, on_chip=on_chip)
+        kernels.register(name, serve, triton_slstm.why_not, op="slstm", priority=-100)
+    yield list(names)
+    for name in names:
+        kernels._kernels["slstm"].pop(name)
+
+
 @interpreted
-def test_results_are_the_same_each_time():
-    one, two = (conformance.answers.__wrapped__("mlstm", "triton", BOTH) for _ in range(2))
+@pytest.mark.parametrize("name", READ_EACH_STEP)
+def test_slstm_weights_read_each_step(slstm_forms, name):
+    conformance.check_values_and_states("slstm", "each step", SLSTM_CASES[name])
+    conformance.check_gradients("slstm", "each step", SLSTM_CASES[name])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", WIDE_SLSTM)
+@pytest.mark.parametrize("form", [0, 1])
+def test_slstm_of_many_rows_and_columns(slstm_forms, form, dtype):
+    conformance.check_values_and_states("slstm", slstm_forms[form], WIDE_SLSTM[dtype])
+    conformance.check_gradients("slstm", slstm_forms[form], WIDE_SLSTM[dtype])
+
+
+@interpreted
+@pytest.mark.parametrize("form", [0, 1])
+def test_slstm_strides_and_recurrent_scale(slstm_forms, form):
+    """Gates in an order of their own, a gradient that is one number, and that of the scale."""
+    case = Case(S=7, mask="holes", reset="some", DHHV=5)
+    inputs, state = conformance.slstm_inputs(case)
+    gates, *weights = (torch.tensor(x, dtype=torch.float32) for x in inputs.values())
+    state = [torch.tensor(x, dtype=torch.float32) for x in state.values()]
+    packed = gates.permute(3, 2, 0, 1, 4).contiguous()
+    scale = torch.randn(state[0].shape).round()  # some are 0, as where units are dropped
+    tensors = [x.requires_grad_() for x in (packed, *weights, *state, scale)]
+
+    def outputs(kernel):
+        packed, recurrent_kernel, bias, *state, scale = tensors
+        h = slstm(
+            packed.permute(2, 3, 1, 0, 4), recurrent_kernel, bias, initial_state=state,
+            recurrent_scale=scale, kernel=kernel, **case.flags(),
+        )  # fmt: skip
+        return h, *torch.autograd.grad(h.sum(), tensors)
+
+    for ours, theirs in zip(outputs(slstm_forms[form]), outputs("scan"), strict=True):
+        np.testing.assert_allclose(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_results_are_the_same_each_time(op):
+    case = replace(BOTH, S=25)
+    one, two = (conformance.answers.__wrapped__(op, "triton", case) for _ in range(2))
     for x, y in zip((*one[0], *one[1]), (*two[0], *two[1]), strict=True):
         assert torch.equal(x, y)
 
@@ -170,6 +233,20 @@ def test_explain_tells_form_and_sizes():
     )
     sizes = plan(torch.bfloat16, 16384, 1, 128, 256, Device(), chunk_size=40)
     assert "split into" in str(sizes) and sizes.L == 64
+
+
+@pytest.mark.parametrize(
+    "dtype, DH, expected",
+    [
+        ("bfloat16", 128, "kept on chip"),
+        ("float16", 128, "kept on chip, and backward read each step, by 64 columns"),
+        ("float32", 64, "kept on chip"),
+        ("float32", 200, "read each step, by 64 columns"),
+    ],
+)
+def test_explain_tells_where_recurrent_weights_are(dtype, DH, expected):
+    gates = torch.zeros(1, 1, 4, 1, DH, dtype=getattr(torch, dtype))
+    assert triton_slstm.how(gates) == f"with recurrent weights {expected}"
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5, 64, 1000])
@@ -205,6 +282,8 @@ print(kx.kernels.explain(q, q, q, q[..., 0], q[..., 0]))
         "sm_90 --dtypes bfloat16 --widths 64x64 256x512",
         "sm_90 --dtypes float16 float32 --widths 40x20 --walks h dk step",
         "sm_90 --dtypes bfloat16 float32 --widths 96x192 --walks dk --every",
+        "sm_90 --widths 64 256",
+        "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128 --walks backward",
         "sm_80 sm_100 gfx942 --dtypes bfloat16 --widths 128x256 --walks dq dv",
     ],
 )
@@ -247,3 +326,12 @@ def test_every_plan_on_a_gpu(dtype, DHQK, DHHV):
         FORMS["forced"] = {"segments": 2, "tiles": tiles}
         conformance.answers.cache_clear()
         check_form("forced", case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SLSTM_CASES)
+def test_slstm_on_a_gpu(name):
+    assert "triton" in conformance.serving("slstm", SLSTM_CASES[name])
+    conformance.check_values_and_states("slstm", "triton", SLSTM_CASES[name])
+    conformance.check_gradients("slstm", "triton", SLSTM_CASES[name])

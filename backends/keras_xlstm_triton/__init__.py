@@ -5,15 +5,23 @@ from keras_xlstm import kernels
 
 def register_kernels():
     from keras_xlstm.ops.mlstm import step_by_step
-    from keras_xlstm_triton import eager_linear, eager_mlstm, mlstm, mlstm_decode, traced
+    from keras_xlstm_triton import (
+        eager_linear,
+        eager_mlstm,
+        eager_slstm,
+        mlstm,
+        mlstm_decode,
+        slstm,
+        traced,
+    )
     from keras_xlstm_triton.eager_linear import why_not
-    from keras_xlstm_triton.eager_slstm import slstm
 
     step = mlstm_decode.step, mlstm_decode.why_not
     kernels.register("triton-step", *step, priority=110, how=mlstm_decode.how)
     kernels.register("triton", mlstm.mlstm, mlstm.why_not, priority=20, how=mlstm.how)
     kernels.register("torch", eager_mlstm.mlstm, why_not, priority=10, how=eager_mlstm.how)
-    kernels.register("torch", slstm, why_not, op="slstm", priority=10, how=step_by_step)
+    kernels.register("triton", slstm.slstm, slstm.why_not, op="slstm", priority=20, how=slstm.how)
+    kernels.register("torch", eager_slstm.slstm, why_not, op="slstm", priority=10, how=step_by_step)
     kernels.register(
         "onednn", eager_linear.linear, eager_linear.why_not_linear, op="linear", priority=10
     )

@@ -70,15 +70,7 @@ class Steps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d_outputs):
-        saved = ctx.saved_tensors
-        gates, state = saved[2], saved[5:9]
-        d_outputs = [
-            torch.zeros_like(x, dtype=torch.float32) if dx is None else dx
-            for x, dx in zip((gates[:, :, 0], *state), d_outputs[:5], strict=True)
-        ]
-        with torch.autocast(gates.device.type, enabled=False):
-            gradients = Gradient.apply(*d_outputs, *saved)
-        return None, None, *gradients
+        return None, None, *first_gradients(Gradient, (), d_outputs, ctx.saved_tensors)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -164,27 +156,48 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        """The gradient's own, which torch derives from the loop in `keras.ops`."""
-        *d_outputs, mask, reset = ctx.saved_tensors[:7]
-        *inputs, scale = ctx.saved_tensors[7:]
-        if scale is not None:
-            inputs.append(scale)
-
-        def outputs(gates, kernel, bias, h, c, n, m, scale=None):
-            h, state = slstm_scan(gates, kernel, bias, (h, c, n, m), mask, reset, scale)
-            return h, *state
-
-        def gradient(*tensors):
-            return torch.func.vjp(outputs, *tensors[5:])[1](tensors[:5])
-
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            second = torch.func.vjp(gradient, *d_outputs, *inputs)[1](gradients[: len(inputs)])
-        second = *second[:5], None, None, *second[5:]
-        return *second, *[None] * (17 - len(second))
+        return second_gradients(ctx.saved_tensors, gradients, len(ctx.needs_input_grad))
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return one_by_one(Gradient, info.batch_size, in_dims, args)
+
+
+def first_gradients(function, options, d_outputs, saved):
+    """Of an autograd function; `saved` are mask and reset, its eight inputs, and what was kept."""
+    gates, state = saved[2], saved[5:9]
+    d_outputs = [
+        torch.zeros_like(x, dtype=torch.float32) if dx is None else dx
+        for x, dx in zip((gates[:, :, 0], *state), d_outputs[:5], strict=True)
+    ]
+    # Compiled code is not differentiated twice, and a function in a function confuses Dynamo.
+    gradient = function.forward if torch.compiler.is_compiling() else function.apply
+    with torch.autocast(gates.device.type, enabled=False):
+        return gradient(*options, *d_outputs, *saved)
+
+
+def second_gradients(saved, gradients, count):
+    """The gradient's own, which torch derives from the loop in `keras.ops`.
+
+    `saved` are the gradients of h and the state, mask and reset, and the inputs. Returned are
+    those of `count` arguments.
+    """
+    *d_outputs, mask, reset = saved[:7]
+    *inputs, scale = saved[7:]
+    if scale is not None:
+        inputs.append(scale)
+
+    def outputs(gates, kernel, bias, h, c, n, m, scale=None):
+        h, state = slstm_scan(gates, kernel, bias, (h, c, n, m), mask, reset, scale)
+        return h, *state
+
+    def gradient(*tensors):
+        return torch.func.vjp(outputs, *tensors[5:])[1](tensors[:5])
+
+    with torch.autocast(gradients[0].device.type, enabled=False):
+        second = torch.func.vjp(gradient, *d_outputs, *inputs)[1](gradients[: len(inputs)])
+    second = *second[:5], None, None, *second[5:]
+    return *second, *[None] * (count - len(second))
 
 
 def each_step(flag):

@@ -36,22 +36,27 @@ def mlstm(q, k, v, i, log_f, s, state, *, chunk_size, eps, segments=None, tiles=
     return h, (C, n, m)
 
 
-def why_not_here(q, k, v):
-    if reason := eager_linear.why_not(q):
+def why_not(q, k, v, *args, **kwargs):
+    return why_not_multiplied(q, k, v)
+
+
+def why_not_here(*tensors):
+    """What rules out Triton for these, whatever the kernel."""
+    if reason := eager_linear.why_not(tensors[0]):
         return reason
-    if q.device.type != "cuda" and not (interpreted() and q.device.type == "cpu"):
-        return f"needs CUDA tensors, received {q.device.type}"
+    device, dtypes = tensors[0].device.type, {x.dtype for x in tensors}
+    if device != "cuda" and not (interpreted() and device == "cpu"):
+        return f"needs CUDA tensors, received {device}"
     if not INSTALLED:
         return "needs Triton, which is not installed"
-    dtypes = {x.dtype for x in (q, k, v)}
     if not dtypes <= set(DTYPES):
         return f"needs float32, float16 or bfloat16, received {sorted(map(str, dtypes))}"
 
 
-def why_not(q, k, v, *args, **kwargs):
-    if reason := why_not_here(q, k, v):
+def why_not_multiplied(*tensors):
+    if reason := why_not_here(*tensors):
         return reason
-    if interpreted() and torch.bfloat16 in (q.dtype, k.dtype, v.dtype):
+    if interpreted() and torch.bfloat16 in {x.dtype for x in tensors}:
         return "needs a GPU for bfloat16, which Triton's interpreter does not multiply"
 
 

@@ -1,15 +1,16 @@
 """The Triton kernels in the real compilers, without a GPU; with `--device`, `gpu.py`: on one.
 
 python examples/benchmarks/kernels.py --compile                  a table, for all targets
-python examples/benchmarks/kernels.py --compile sm_90 --widths 256x512 --dtypes bfloat16
+python examples/benchmarks/kernels.py --compile sm_90 --widths 256x512 64 --dtypes bfloat16
 python examples/benchmarks/kernels.py --compile sm_90 --every --widths 40x20 64x64 256x512 512x512
 python examples/benchmarks/kernels.py --device gpu --json results.json
 
-The variants of the mLSTM's walk (`backends/keras_xlstm_triton/mlstm_walk.py`) that a call usually
-gets, or with `--every` all that it may get, are compiled ahead of time, and so is the decode step.
-The table says what a program needs of a chip: registers of a thread, bytes of a thread that did not
-fit them (spills), shared memory of a program; and how many instructions for tensor cores it has.
-The exit status is 1 where one needs more than the chip has, or spills on sm_90 or sm_100.
+The variants of the mLSTM's walk and of the sLSTM's loops (`mlstm_walk.py` and `slstm_scan.py` in
+`backends/keras_xlstm_triton`) that a call usually gets, or with `--every` all that it may get, are
+compiled ahead of time, and so is the mLSTM's decode step. The table says what a program needs of a
+chip: registers of a thread, bytes of a thread that did not fit them (spills), shared memory of a
+program; and how many instructions for tensor cores it has. The exit status is 1 where one needs
+more than the chip has, or spills on sm_90 or sm_100.
 """
 
 import argparse
@@ -27,11 +28,13 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of a program
-WIDTHS = "40x20", "64x64", "128x256", "256x512", "512x512", "1024x96"  # DHQK x DHHV
+WIDTHS = "40x20", "64x64", "128x256", "256x512", "512x512", "1024x96"  # DHQK x DHHV of the mLSTM
+WIDTHS += "16", "64", "128", "256"  # DH of the sLSTM
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # Of the walks that `mlstm_walk.py` lists, and of their first pass over segments, which has no out.
 WALKS = ("h", True), ("dq", True), ("dk", True), ("dv", True), ("dq", False), ("dk", False)
 WALKS += (("step", True),)  # the decode step, which is no walk
+LOOPS = ("forward", False), ("backward", True)  # of `slstm_scan.py`
 TENSOR_CORES = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 COLUMNS = ("target", "dtype", "widths", "walk", "L, slice x tile of the memory")
 COLUMNS += ("registers", "spills", "shared", "tensor cores")
@@ -42,6 +45,8 @@ def compiled(target, dtype, widths, walk, out, every=False):
     import torch
     from keras_xlstm_triton.mlstm_plan import Device, variants
 
+    if "x" not in widths:
+        return [slstm_variant(target, dtype, widths, walk, out)]
     if walk == "step":
         return list(decode_step(target, dtype, widths))
     torch_dtype, (DHQK, DHHV) = getattr(torch, dtype), map(int, widths.split("x"))
@@ -125,6 +130,33 @@ def for_target(target, kernel, types, constants, aligned, options):
     return *resources_of(result, amd), result.metadata.shared, found
 
 
+def slstm_variant(target, dtype, width, name, back):
+    import torch
+    from keras_xlstm_triton import slstm_scan
+    from keras_xlstm_triton.slstm import ROWS, operands, plan
+    from triton import language as tl
+
+    # As `shared_memory` says of it.
+    shared = 0 if target.startswith("gfx") else SHARED[target] * 1024
+    torch_dtype, DH, kernel = getattr(torch, dtype), int(width), getattr(slstm_scan, name)
+    sizes, (dot, precision) = plan(torch_dtype, DH, back, shared), operands(torch_dtype, back)
+    dot = str(dot).split(".")[1]
+    constants = {
+        "DH": DH, "ROWS": ROWS, "TILE": sizes.tile, "SLICE": sizes.slice, "STAGES": sizes.stages,
+        "ON_CHIP": sizes.on_chip, "MASK": True, "RESET": True, "SCALE": True,
+        "DOT": getattr(tl, dot), "PRECISION": precision,
+    }  # fmt: skip
+    strides = {x for x in kernel.arg_names if re.fullmatch("(gates|dh)_(batch|step|gate|head)", x)}
+    types = dict.fromkeys(("happens", "cleared"), "*i8")
+    types |= dict.fromkeys({"B", "S", "NH", "KIND"} | strides, "i32")
+    types |= {"gates": f"*{DTYPES[dtype]}", "R": f"*{DTYPES[dot]}"}
+    row = for_target(
+        target, kernel, types, constants, strides | {"KIND"}, {"num_warps": sizes.warps}
+    )
+    place = "on chip" if sizes.on_chip else "read each step"
+    return target, dtype, width, name, f"{sizes.slice}x{sizes.tile} {place}", *row
+
+
 def resources_of(result, amd):
     """Registers, and bytes of a thread's own memory."""
     if amd:
@@ -162,14 +194,22 @@ def main():
         return gpu.main()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", nargs="*", choices=SHARED, required=True, metavar="TARGET")
-    parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="DHQKxDHHV")
+    parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="DHQKxDHHV or DH")
     parser.add_argument("--dtypes", nargs="+", default=[*DTYPES], choices=DTYPES)
-    parser.add_argument("--walks", nargs="+", choices=sorted({name for name, _ in WALKS}))
+    names = sorted({name for name, _ in WALKS + LOOPS})
+    parser.add_argument("--walks", nargs="+", choices=names)
     parser.add_argument("--every", action="store_true", help="the plans too that may be timed")
     options = parser.parse_args()
-    walks = [walk for walk in WALKS if walk[0] in (options.walks or walk)]
-    cases = product(options.compile or SHARED, options.dtypes, options.widths, walks)
-    columns = zip(*((*case, *walk, options.every) for *case, walk in cases), strict=True)
+    cases = product(options.compile or SHARED, options.dtypes, options.widths)
+    columns = zip(
+        *(
+            (*case, *walk, options.every)
+            for case in cases
+            for walk in (WALKS if "x" in case[-1] else LOOPS)
+            if walk[0] in (options.walks or walk)
+        ),
+        strict=True,
+    )
     broken = 0
     print("|", " | ".join(COLUMNS), "|\n|" + "---|" * len(COLUMNS))
     with ProcessPoolExecutor(2) as pool:
