@@ -150,6 +150,7 @@ def slstm_variant(target, dtype, width, name, back):
     types = dict.fromkeys(("happens", "cleared"), "*i8")
     types |= dict.fromkeys({"B", "S", "NH", "KIND"} | strides, "i32")
     types |= {"gates": f"*{DTYPES[dtype]}", "R": f"*{DTYPES[dot]}"}
+    types = {x: kind for x, kind in types.items() if x in kernel.arg_names}
     row = for_target(
         target, kernel, types, constants, strides | {"KIND"}, {"num_warps": sizes.warps}
     )
