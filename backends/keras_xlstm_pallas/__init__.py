@@ -4,8 +4,9 @@ from keras_xlstm import kernels
 
 
 def register_kernels():
-    from keras_xlstm_pallas import mlstm, xla
+    from keras_xlstm_pallas import mlstm, slstm, xla
 
     kernels.register("pallas", mlstm.mlstm, mlstm.why_not, priority=20, how=mlstm.how)
+    kernels.register("pallas", slstm.slstm, slstm.why_not, op="slstm", priority=20, how=slstm.how)
     kernels.register("xla", xla.mlstm, xla.why_not, priority=10, how=xla.how)
     kernels.register("xla", xla.slstm, xla.why_not, op="slstm", priority=10)
