@@ -20,7 +20,9 @@ BACKENDS = ("jax", "tensorflow", "torch")
 TRITON = ("tests/test_triton.py", "tests/test_mlstm.py", "tests/test_slstm.py")
 TRITON += ("tests/test_transforms.py", "-k", "triton or (transforms and (mlstm or slstm))")
 CHECKS = ("ruff check", "ruff format --check", "mypy")
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow tells of the machine's CPU, at length
+# TensorFlow tells of the machine's CPU, at length. JAX would look for a TPU where libtpu is, which
+# is there to compile for TPUs; GPUs have `pytest -m gpu`.
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
 
 # XLA's compilation would take most of the time. Tests marked `compiled` have it as users do; in the
 # others it skips what makes programs fast, and JAX shares them between the workers.
