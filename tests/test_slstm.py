@@ -5,13 +5,13 @@ import oracle
 import pytest
 from conformance import BOTH, Case, as_numpy, slstm_inputs, truth
 
-from keras_xlstm import kernels
 from keras_xlstm.ops import slstm, slstm_step
 
 pytestmark = pytest.mark.compiled
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="only TensorFlow traces with unknown sizes"
 )
+each_kernel = pytest.mark.parametrize("kernel", conformance.serving("slstm", BOTH))
 
 
 @conformance.served("slstm")
@@ -24,7 +24,7 @@ def test_gradients(kernel, case):
     conformance.check_gradients("slstm", kernel, case)
 
 
-@pytest.mark.parametrize("kernel", kernels.available("slstm"))
+@each_kernel
 def test_calls_continue_each_other(kernel):
     conformance.check_calls_continue("slstm", kernel)
 
@@ -48,7 +48,7 @@ def test_steps_continue_each_other(dtype):
     expected.check_outputs([keras.ops.stack(outputs, axis=1), *state])
 
 
-@pytest.mark.parametrize("kernel", kernels.available("slstm"))
+@each_kernel
 def test_fresh_and_running_elements_side_by_side(kernel):
     """Whether n is 0 is asked of every element, not of the batch."""
     inputs, state = slstm_inputs(Case(S=3))
@@ -67,7 +67,7 @@ def test_fresh_and_running_elements_side_by_side(kernel):
     expected.check_outputs([h, *state])
 
 
-@pytest.mark.parametrize("kernel", kernels.available("slstm"))
+@each_kernel
 def test_recurrent_scale_scales_the_rows_of_the_recurrent_kernel(kernel):
     expected = truth("slstm", BOTH)
     gates, R, bias, *state = expected.tensors.values()
