@@ -17,6 +17,7 @@ from itertools import product
 # Of the compiler: it is not to look for a TPU, and may be in several processes.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 os.environ |= {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax"}
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "gpu": None}
 WIDTHS = 64, 128, 256, 20
@@ -25,7 +26,7 @@ KERNELS = {"h": 1, "gradients": 2}
 COLUMNS = "chip", "dtype", "width", "of", "kernels", "VMEM", "memory"
 
 
-def compiled(chip, dtype, DH, of, B=8, S=512, NH=4):
+def compiled(chip, dtype, DH, of, B=8, S=4096, NH=4):
     """A row of the table, or `None` where the kernel does not serve."""
     import jax
     from jax import export

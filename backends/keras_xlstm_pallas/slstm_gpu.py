@@ -2,7 +2,8 @@
 
 Arrays are (B, ..., NH, DH), where they lie. The grid is heads and tiles of rows: a program walks
 through the whole sequence, with the state in registers. It reads R for every step, from the caches,
-in squares that tensor cores take. Where B or DH do not fill the tiles, loads and stores are masked.
+in squares that tensor cores take. Where rows do not fill a tile, the last of them is computed more
+than once, and written with the same numbers. Where columns do not, loads and stores are masked.
 
 A float32 product is three of tf32, which lose as little as float32 does. On FP32 units alone, its
 operands would not fit the registers.
@@ -23,10 +24,10 @@ class Part:
     """What a program has: a tile of rows of a head, and pieces of so many columns."""
 
     def __init__(self, B, S, DH, piece, exact):
-        self.B, self.S, self.DH, self.piece, self.exact = B, S, DH, piece, exact
+        self.S, self.DH, self.piece, self.exact = S, DH, piece, exact
         self.pieces = range(pl.cdiv(DH, piece))
         self.head = pl.program_id(0)
-        self.rows = pl.program_id(1) * ROWS + jnp.arange(ROWS)
+        self.rows = rows_of_tile(pl.program_id(1), B)
 
     def read(self, ref, *index):
         """(ROWS, piece), float32. The last index is the number of the piece."""
@@ -44,9 +45,7 @@ class Part:
 
     def read_flag(self, ref, t):
         """(ROWS, piece), the same in each column."""
-        mask = None if self.B % ROWS == 0 else self.rows < self.B
-        flag = load(ref.at[self.rows, t], mask)
-        return jnp.broadcast_to(flag[:, None], (ROWS, self.piece))
+        return jnp.broadcast_to(ref[self.rows, t][:, None], (ROWS, self.piece))
 
     def write(self, ref, x, *index):
         at, mask = self.at(ref, index)
@@ -67,11 +66,8 @@ class Part:
     def at(self, ref, index):
         """Where a piece lies, and which of it is there, `None` for all."""
         *between, p = index
-        rows, columns = self.rows[:, None], self.columns(p)
-        mask = self.there(columns)
-        if self.B % ROWS:
-            mask = rows < self.B if mask is None else (rows < self.B) & mask
-        return ref.at[rows, *between, self.head, columns], mask
+        columns = self.columns(p)
+        return ref.at[self.rows[:, None], *between, self.head, columns], self.there(columns)
 
     def columns(self, p, axis=1):
         """Of piece p, along an axis of two."""
@@ -82,6 +78,10 @@ class Part:
         if self.DH % self.piece == 0:
             return None
         return functools.reduce(jnp.logical_and, [x < self.DH for x in columns])
+
+
+def rows_of_tile(number, B):
+    return jnp.minimum(number * ROWS + jnp.arange(ROWS), B - 1)
 
 
 def load(at, mask):
