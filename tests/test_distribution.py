@@ -1,9 +1,12 @@
 """Models on a mesh of eight devices, which `conftest.py` asks of JAX on a CPU."""
 
 import functools
+import importlib.util
+import os
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import conformance
 import keras
@@ -193,6 +196,18 @@ def test_sequence_parallel_exchanges_states_and_the_sum_of_gradients():
     assert {kind for kind, _ in found} == {"collective-permute", "all-reduce"}
     permuted = [place for kind, place in found if kind == "collective-permute"]
     assert all("/mlstm/" in place for place in permuted)
+
+
+def test_two_processes_train_as_one_and_go_on_after_a_kill(monkeypatch):
+    """The example, in processes of their own, which have a device each."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "train_distributed.py"
+    spec = importlib.util.spec_from_file_location("train_distributed", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setenv("XLA_FLAGS", re.sub(r"--xla_force\S+", "", os.environ["XLA_FLAGS"]))
+    one, two = example.train(1, epochs=2), example.train(2, epochs=2, killed_after=0)
+    assert one[1] < one[0]
+    np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 def test_explain_sequences():
