@@ -27,7 +27,6 @@ STYLES = {
     "large": {},
     "large_slstm": dict(slstm_at=(0,)),
     "original": dict(block_style="original"),
-    "original_slstm": dict(block_style="original", slstm_at=(0,)),
 }
 COLLECTIVE = "(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
 
@@ -142,12 +141,10 @@ def test_weights_are_split_over_the_model_axis():
 
 
 SEQUENCES = {
-    "64-steps": MLSTM_CASES["64-steps"],
     "200-steps": MLSTM_CASES["200-steps"],
     "mask-and-reset": replace(BOTH, S=64),
     "mask-all": replace(MLSTM_CASES["mask-all"], S=64),
     "i-f-mixed": replace(MLSTM_CASES["i-f-mixed-mask-and-reset"], S=64),
-    "f-low": replace(MLSTM_CASES["f-low"], S=64, mask="left"),
     "bfloat16": replace(MLSTM_CASES["bfloat16"], S=64),
 }
 

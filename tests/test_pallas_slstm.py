@@ -14,7 +14,7 @@ import conformance
 import keras
 import numpy as np
 import pytest
-from conformance import BOTH, CASES, Case, slstm_inputs
+from conformance import BOTH, SLSTM_CASES, Case, slstm_inputs
 
 from keras_xlstm import kernels
 from keras_xlstm.ops import slstm
@@ -32,7 +32,7 @@ PLATFORMS = "gpu", "tpu"
 on_each = pytest.mark.parametrize("platform", PLATFORMS)
 
 WIDE = Case(S=9, mask="holes", reset="some", NH=2, DHHV=70)  # two pieces on a GPU, in bfloat16
-GPU = {name: case for name, case in CASES.items() if name != "no-step"} | {
+GPU = {name: case for name, case in SLSTM_CASES.items() if name != "no-step"} | {
     "pieces": replace(WIDE, dtype="bfloat16"),
     "full-tile": replace(WIDE, B=16, DHHV=16),
     "tiles": replace(WIDE, B=17, DHHV=3),
@@ -41,11 +41,11 @@ GPU = {name: case for name, case in CASES.items() if name != "no-step"} | {
 ALL_ALIKE = (
     "plain mask-left mask-all reset-some mask-and-reset i-high-f-low i-f-mixed-mask-and-reset"
 )
-TPU = {name: replace(CASES[name], S=20, NH=2) for name in ALL_ALIKE.split()} | {
+TPU = {name: replace(SLSTM_CASES[name], S=20, NH=2) for name in ALL_ALIKE.split()} | {
     "bfloat16": replace(BOTH, S=20, dtype="bfloat16", jit=False),
     "float16": replace(BOTH, S=20, dtype="float16", jit=False),
-    "one-step-reset": CASES["one-step-reset"],
-    "narrow": CASES["two-steps-narrow"],
+    "one-step-reset": SLSTM_CASES["one-step-reset"],
+    "narrow": SLSTM_CASES["two-steps-narrow"],
     "blocks": replace(BOTH, S=19, NH=2, jit=False),
     "tiles": replace(BOTH, S=5, B=9, NH=1, jit=False),
 }
