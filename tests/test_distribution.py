@@ -22,6 +22,8 @@ from keras_xlstm.ops import mlstm
 if keras.backend.backend() != "jax":
     pytest.skip("Keras 3.15 distributes on JAX only", allow_module_level=True)
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from keras_xlstm_pallas.partition import by_batch_and_head
 
 STYLES = {
     "large": {},
@@ -205,6 +207,80 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(monkeypatch):
     one, two = example.train(1, epochs=2), example.train(2, epochs=2, killed_after=0)
     assert one[1] < one[0]
     np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+SMALL = {
+    "mlstm": conformance.Case(S=20, B=4, NH=2, DHQK=8, DHHV=8, chunk_size=16),
+    "slstm": conformance.Case(S=3, B=4, NH=2, DHHV=3, mask="holes", reset="some"),
+}
+# Of the inputs of each operation, then of its state.
+AXES = {
+    "mlstm": ["B S NH"] * 5 + ["B NH"] * 3,
+    "slstm": ["B S 4 NH", "NH", "4 NH"] + ["B NH"] * 4,
+}
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_pallas_kernels_are_cut_by_batch_and_head(monkeypatch, op):
+    """Interpreted: devices exchange nothing but what a batch adds up to for weights."""
+    monkeypatch.setenv("KERAS_XLSTM_PALLAS", "interpret-gpu")
+    case, axes = SMALL[op], AXES[op]
+    devices = jax.sharding.Mesh(np.reshape(jax.devices(), (4, 2)), ("B", "NH"))
+
+    def place(arrays, axes):
+        names = [[x if x in ("B", "NH") else None for x in names.split()] for names in axes]
+        places = [NamedSharding(devices, PartitionSpec(*x)) for x in names]
+        return [jax.device_put(x, y) for x, y in zip(arrays, places, strict=True)]
+
+    options = {"chunk_size": case.chunk_size} if op == "mlstm" else {}
+    options |= {"kernel": "pallas", "return_state": True}
+
+    def outputs(tensors):
+        h, state = conformance.call(op, conformance.OPS[op].ours, tensors, case.flags(), **options)
+        return h, *state
+
+    def gradients(tensors, slopes):
+        return jax.vjp(outputs, tensors)[1](slopes)[0]
+
+    tensors = list(conformance.truth(op, case).tensors.values())
+    expected = outputs(tensors)
+    slopes = tuple(x + 1 for x in expected)
+    of_results = ["B S NH", *[x for x in axes if x == "B NH"]]
+    placed = place(tensors, axes)
+    calls = {
+        outputs: ([placed], of_results, expected),
+        gradients: ([placed, tuple(place(slopes, of_results))], axes, gradients(tensors, slopes)),
+    }
+    for function, (arguments, where, wanted) in calls.items():
+        program = jax.jit(function).lower(*arguments).compile()
+        got = program(*arguments)
+        for x, y, z in zip(got, wanted, place(got, where), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+            assert x.sharding.is_equivalent_to(z.sharding, x.ndim)
+        kinds = {kind for kind, _ in collectives(program.as_text())}
+        adds_up = function is gradients and op == "slstm"
+        assert kinds == ({"all-reduce"} if adds_up else set())
+
+
+def test_kernels_for_tpus_are_cut_along_the_mesh_of_keras():
+    """Where XLA does not ask. Of any function, since TPUs' interpreter has one device."""
+    rng = np.random.default_rng(0)
+    shapes = (4, 6, 4, 5), (4, 5, 3), (4, 4, 3, 2)
+    x, R, C = (rng.normal(size=shape).astype("float32") for shape in shapes)
+
+    def function(x, R, C):
+        return jax.numpy.einsum("bshd,hde,bhef->bshf", x, R, C), C.sum(-1)
+
+    axes = ("B S NH D", "NH D E", "B NH E F"), ("B S NH F", "B NH E")
+    with model_parallel().scope():
+        cut = by_batch_and_head(function, *axes, on_tpu=True)
+        place = NamedSharding(mesh().backend_mesh, PartitionSpec("batch", None, "model"))
+        arguments = jax.device_put(x, place), R, C
+        program = jax.jit(cut).lower(*arguments).compile()
+    for got, wanted in zip(program(*arguments), function(x, R, C), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+        assert got.sharding.shard_shape(got.shape)[0] == 2  # of 4 rows
+    assert not collectives(program.as_text())
 
 
 def test_explain_sequences():
