@@ -72,7 +72,7 @@ def test_as_on_a_gpu(interpreted, name):
 @pytest.mark.parametrize("name", TPU)
 def test_as_on_a_tpu(interpreted, monkeypatch, name):
     if name.startswith("tiles"):
-        monkeypatch.setitem(pallas.MEMORY, "tpu", 128 * TPU[name].DHQK)
+        monkeypatch.setattr(pallas, "MEMORY", 128 * TPU[name].DHQK)
     check(interpreted("tpu"), TPU[name])
 
 
