@@ -119,9 +119,7 @@ def gradients(plan, q, k, v, dh, weights, C, n, dC, dn):
         [(q.shape, q.dtype), (k.shape, k.dtype), rows, rows],
         *(q, k, v, dh, weights, C, n, dC, dn),
     )
-    (dv,) = launch(
-        mlstm_dv, launch.of_chunks(values), [(v.shape, v.dtype)], q, k, dh, weights, dC
-    )
+    (dv,) = launch(mlstm_dv, launch.of_chunks(values), [(v.shape, v.dtype)], q, k, dh, weights, dC)
     di, dlog_f = launch(mlstm_d_gates, launch.of_chunks(1), [row, row], q, k, v, dh, weights)
 
     # A gate at l is part of what lies between steps j < l and t >= l, see `mlstm_chunk.backward`.
