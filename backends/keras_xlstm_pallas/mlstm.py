@@ -119,6 +119,11 @@ class Plan(NamedTuple):
     def interpreted(self):
         return self.target.interpreted
 
+    @property
+    def warps(self):
+        """Of a program on a GPU. Those of float32, whose factors are in registers, spill with 8."""
+        return 4 if self.numbers.precision == lax.Precision.HIGHEST else 8
+
     def cut(self, function, inputs, outputs):
         function = functools.partial(function, self)
         return by_batch_and_head(function, inputs, outputs, self.target.platform == "tpu")

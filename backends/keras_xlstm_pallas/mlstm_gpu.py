@@ -120,7 +120,9 @@ def gradients(plan, q, k, v, dh, weights, C, n, dC, dn):
         *(q, k, v, dh, weights, C, n, dC, dn),
     )
     (dv,) = launch(mlstm_dv, launch.of_chunks(values), [(v.shape, v.dtype)], q, k, dh, weights, dC)
-    di, dlog_f = launch(mlstm_d_gates, launch.of_chunks(1), [row, row], q, k, v, dh, weights)
+    di, dlog_f = launch(
+        mlstm_d_gates, launch.of_chunks(1), [row, row], q, k, v, dh, weights, warps=8
+    )
 
     # A gate at l is part of what lies between steps j < l and t >= l, see `mlstm_chunk.backward`.
     d_from_start, d_to_end = d_from_start.sum(0), d_to_end.sum(0)
@@ -178,12 +180,12 @@ class Launch:
         """The grid of programs that have a chunk and a tile."""
         return self.B, self.NH, self.chunks, tiles
 
-    def __call__(self, kernel, grid, results, *arrays):
+    def __call__(self, kernel, grid, results, *arrays, warps=None):
         return pl.pallas_call(
             kernel,
             grid=grid,
             out_shape=[jax.ShapeDtypeStruct(*x) for x in results],
-            compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+            compiler_params=plgpu.CompilerParams(num_warps=warps or self.plan.warps, num_stages=1),
             interpret=self.plan.interpreted,
             name=kernel.__name__,
         )(*arrays)
