@@ -36,8 +36,8 @@ GPU = {name: case for name, case in MLSTM_CASES.items() if name != "no-step"} | 
     "tiles-bfloat16": Case(DHQK=130, DHHV=70, dtype="bfloat16", **WIDE),
 }
 # Its interpreter is slow.
-SOME = "plain", "mask-left", "mask-holes", "mask-all", "reset-some", "i-high-f-low", "i-low-f-high"
-SOME += "i-f-mixed", "i-f-mixed-mask-and-reset", "bfloat16", "one-step-reset", "chunk-of-100"
+SOME = "mask-holes", "mask-all", "reset-some", "i-low-f-high", "i-f-mixed-mask-and-reset"
+SOME += "bfloat16", "one-step-reset", "chunk-of-100"
 TPU = {name: MLSTM_CASES[name] for name in SOME} | {
     "tiles": Case(DHQK=20, DHHV=200, **WIDE),  # filled up to two tiles of 128
     "tiles-bfloat16": Case(DHQK=128, DHHV=256, dtype="bfloat16", **WIDE),  # cut out by lanes
@@ -126,8 +126,8 @@ def run(script, **environment):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_compiles_for_tpus():
     """By the real compiler, in the VMEM that there is, and for chips that share out the work."""
-    command = "examples/benchmarks/pallas.py --compile v5e --dtypes bfloat16 float32"
-    assert "needs" not in run(f"{command} --widths 20x36 128x256")
+    command = "examples/benchmarks/pallas.py --compile v5e --of gradients"
+    assert "needs" not in run(f"{command} --dtypes bfloat16 --widths 128x256 20x36")
 
 
 # `conftest.py` hides Triton from JAX's tests.
@@ -137,7 +137,6 @@ def test_compiles_for_tpus():
     [
         "sm_90 --dtypes bfloat16 --widths 128x256 64",
         "sm_90 --dtypes float32 --widths 20x36 64x64 64",
-        "sm_100 --dtypes float16 --widths 20x36 --steps 100",
     ],
 )
 def test_compiles_for_gpus(arguments):

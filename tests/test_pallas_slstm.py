@@ -187,7 +187,7 @@ def run(script, *arguments, **settings):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the compiler of TPUs")
 @pytest.mark.parametrize(
     "arguments",
-    ["v5p v6e --widths 128 --dtypes bfloat16", "v5e --widths 20 --dtypes float32"],
+    ["v5p --widths 128 --dtypes bfloat16", "v6e --widths 20 --dtypes float32"],
 )
 def test_compiles_for_tpus(arguments):
     """GPUs are in `test_pallas.py`."""
