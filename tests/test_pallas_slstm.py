@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PLATFORMS = "gpu", "tpu"
 on_each = pytest.mark.parametrize("platform", PLATFORMS)
 
-WIDE = Case(S=9, mask="holes", reset="some", NH=2, DHHV=70)  # two pieces on a GPU, in bfloat16
+WIDE = Case(S=9, mask="holes", reset="some", NH=2, DHHV=20)  # no full piece on a GPU
 GPU = {name: case for name, case in CASES.items() if name != "no-step"} | {
-    "pieces": replace(WIDE, dtype="bfloat16"),
+    "columns": replace(WIDE, dtype="bfloat16"),
     "full-tile": replace(WIDE, B=16, DHHV=16),
     "tiles": replace(WIDE, B=17, DHHV=3),
 }
@@ -177,7 +177,7 @@ def test_why_not_and_how(monkeypatch):
 
 
 def run(script, *arguments, **settings):
-    command = [sys.executable, f"tests/{script}", *arguments]
+    command = [sys.executable, script, *arguments]
     environment = os.environ | settings
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -188,7 +188,7 @@ def test_sharded_by_batch_and_head():
     """No gathers: devices sum up the gradients of what all rows share, and hand on nothing else."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     settings = {"XLA_FLAGS": flags, SETTING: "interpret-gpu", "JAX_PLATFORMS": "cpu"}
-    lines = run("sharded_pallas_slstm.py", **settings).splitlines()
+    lines = run("tests/sharded_pallas_slstm.py", **settings).splitlines()
     assert lines == ["outputs: []", "gradients: ['all-reduce']"]
 
 
@@ -198,12 +198,9 @@ def test_sharded_by_batch_and_head():
     ["v5e v5p v6e --widths 128 --dtypes bfloat16", "v5e --widths 20 --dtypes float32"],
 )
 def test_compiles_for_tpus(arguments):
-    run("compiled_pallas_slstm.py", *arguments.split(), XLA_FLAGS="")
-
-
-def test_compiles_for_gpus():
-    """As far as Triton, which is not part of JAX."""
-    run("compiled_pallas_slstm.py", "gpu", "--widths", "64", "20", XLA_FLAGS="")
+    """GPUs are in `test_pallas.py`."""
+    command = ["examples/benchmarks/pallas.py", "--compile", *arguments.split()]
+    assert "needs" not in run(*command, XLA_FLAGS="")
 
 
 @pytest.mark.gpu

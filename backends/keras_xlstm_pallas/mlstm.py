@@ -1,8 +1,8 @@
 """The chunkwise mLSTM in Pallas for JAX: the kernel of the op, its gradient, what rules it out.
 
-Forward, one pass over the chunks. Backward, a pass that computes the memories at the starts of
-chunks again, which go through device memory once, and a pass from the last chunk to the first. What
-is small, (B, S, NH), is left to XLA. Under sharding by batch and by head each device computes its
+On a TPU forward is one pass over the chunks. Backward, one computes the memories at the starts of
+chunks again, and another goes from the last chunk to the first. On a GPU passes compute memories
+and their gradients, and all else is computed of all chunks at once (`mlstm_gpu.py`). What is small, (B, S, NH), is left to XLA. Under sharding by batch and by head each device computes its
 own part (`partition.py`).
 
 It runs on the default device of JAX. The environment variable `KERAS_XLSTM_PALLAS`, read when a
@@ -29,10 +29,8 @@ SETTING = "KERAS_XLSTM_PALLAS"
 DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
 OVER = -8192.0  # a logarithm of which exp is 0, and of which a chunk's sum is exact
 BLOCK = 2**16  # elements of a block of keys of a TPU
-WIDEST = {"tpu": 1024, "gpu": 512}  # keys
-# Elements of the memory of a program: of float32, seven of them in 16 MiB of a TPU's VMEM; 32
-# registers of each thread of a GPU.
-MEMORY = {"tpu": 2**17, "gpu": 2**13}
+WIDEST = 1024  # keys on a TPU
+MEMORY = 2**17  # elements of the memory of a program: of float32, seven in 16 MiB of a TPU's VMEM
 
 
 class Target(NamedTuple):
@@ -68,9 +66,8 @@ def why_not(q, k, v, *args, **kwargs):
     dtypes = sorted({x.dtype.name for x in (q, k, v)})
     if not set(dtypes) <= set(DTYPES[target.platform]):
         return f"needs one of {DTYPES[target.platform]} on a {target.platform}, received {dtypes}"
-    widest = WIDEST[target.platform]
-    if q.shape[-1] > widest:
-        return f"needs keys of at most {widest}, received {q.shape[-1]}"
+    if target.platform == "tpu" and q.shape[-1] > WIDEST:
+        return f"needs keys of at most {WIDEST} on a tpu, received {q.shape[-1]}"
 
 
 def how(q, k, v, *args, chunk_size, eps):
@@ -83,6 +80,7 @@ class Plan(NamedTuple):
     target: Target
     L: int
     T: int  # of DHHV, of a program
+    TK: int  # of DHQK
     DHQK: int  # filled up with zeros, as DHHV
     DHHV: int
     numbers: Numbers
@@ -101,15 +99,14 @@ class Plan(NamedTuple):
         precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
         numbers = Numbers(jnp.dtype(computed), precision, scale)
         if on_gpu:
-            most = 16 if exact else 64
+            most = 32 if exact else 64  # steps, and columns, for which there are registers
             L = min(power_of_two(chunk_size or most), power_of_two(S), most)
-            DHQK = power_of_two(DHQK)
-            T = min(power_of_two(DHHV), max(MEMORY["gpu"] // DHQK, 16), 16 if exact else 64)
+            T, TK = (32 if x <= 32 else most for x in (DHHV, DHQK))
         else:
             L = min(-(-x // 16) * 16 for x in (chunk_size or 128, S, 128, BLOCK // DHQK // 16 * 16))
-            fits = MEMORY["tpu"] // DHQK // 128 * 128
-            T = min(DHHV, fits)
-        return cls(target, L, T, DHQK, -(-DHHV // T) * T, numbers, jnp.dtype(computed), eps)
+            T, TK = min(DHHV, MEMORY // DHQK // 128 * 128), DHQK
+        DHQK, DHHV = -(-DHQK // TK) * TK, -(-DHHV // T) * T
+        return cls(target, L, T, TK, DHQK, DHHV, numbers, jnp.dtype(computed), eps)
 
     def __str__(self):
         platform, interpreted = self.target
@@ -124,6 +121,7 @@ class Plan(NamedTuple):
 
     @property
     def warps(self):
+        """Of a program on a GPU. Those of float32, whose factors are in registers, spill with 8."""
         return 4 if self.numbers.precision == lax.Precision.HIGHEST else 8
 
     def cut(self, function, inputs, outputs):

@@ -19,9 +19,9 @@ from keras_xlstm_pallas import slstm_walk, xla
 from keras_xlstm_pallas.mlstm import Target
 from keras_xlstm_pallas.partition import by_batch_and_head
 
-# Heads of which R stays on a TPU, and of which a GPU's registers hold the state, by factors.
+# Heads of which R stays on a TPU, and of which a GPU's registers hold a step, by factors.
 WIDEST = {("tpu", "float32"): 512, ("tpu", "bfloat16"): 512}
-WIDEST |= {("gpu", "float32"): 64, ("gpu", "bfloat16"): 128}
+WIDEST |= {("gpu", "float32"): 64, ("gpu", "bfloat16"): 64}
 
 
 def why_not(gates, *args, **kwargs):
