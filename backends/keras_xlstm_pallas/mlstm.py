@@ -1,8 +1,8 @@
 """The chunkwise mLSTM in Pallas for JAX: the kernel of the op, its gradient, what rules it out.
 
-Forward, one pass over the chunks. Backward, a pass that computes the memories at the starts of
-chunks again, which go through device memory once, and a pass from the last chunk to the first. What
-is small, (B, S, NH), is left to XLA. Under sharding by batch and by head each device computes its
+On a TPU forward is one pass over the chunks. Backward, one computes the memories at the starts of
+chunks again, and another goes from the last chunk to the first. On a GPU passes compute memories
+and their gradients, and all else is computed of all chunks at once (`mlstm_gpu.py`). What is small, (B, S, NH), is left to XLA. Under sharding by batch and by head each device computes its
 own part (`partition.py`).
 
 It runs on the default device of JAX. The environment variable `KERAS_XLSTM_PALLAS`, read when a
