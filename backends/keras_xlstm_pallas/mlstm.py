@@ -1,9 +1,10 @@
 """The chunkwise mLSTM in Pallas for JAX: the kernel of the op, its gradient, what rules it out.
 
-On a TPU forward is one pass over the chunks. Backward, one computes the memories at the starts of
-chunks again, and another goes from the last chunk to the first. On a GPU passes compute memories
-and their gradients, and all else is computed of all chunks at once (`mlstm_gpu.py`). What is small, (B, S, NH), is left to XLA. Under sharding by batch and by head each device computes its
-own part (`partition.py`).
+On a TPU, forward is one pass over the chunks. Backward, a pass computes the memories at the starts
+of chunks again, and another goes from the last chunk to the first. On a GPU such passes compute
+memories and their gradients only, and all else is computed of all chunks at once (`mlstm_gpu.py`).
+What is small, (B, S, NH), is left to XLA. Under sharding by batch and by head each device computes
+its own part (`partition.py`).
 
 It runs on the default device of JAX. The environment variable `KERAS_XLSTM_PALLAS`, read when a
 function is traced, sets another: "tpu" or "gpu" for which a program is compiled ahead of time, or

@@ -1,7 +1,8 @@
 """One chunk of the mLSTM, forward and backward, as functions of values: the mathematics.
 
 `mlstm_tpu.py` loads a chunk, calls these, and stores what they return. `mlstm_gpu.py` computes the
-same tile by tile, in kernels of its own, with `Weights` and `Numbers` from here. Names are those of `keras_xlstm/ops/mlstm.py`; a chunk has L steps:
+same tile by tile, in kernels of its own, with `Weights` and `Numbers` from here. Names are those of
+`keras_xlstm/ops/mlstm.py`; a chunk has L steps:
 
     q, k  (L, DHQK)    v, h  (L, DHHV)    C  (DHQK, DHHV)    n  (1, DHQK)
 
