@@ -2,6 +2,7 @@
 
 python -m tests                                 everything
 python -m tests jax torch -k conv --maxfail=1   some backends, and arguments for pytest
+python -m tests jax -m long                     what takes long, and is left out otherwise
 """
 
 import os
@@ -63,7 +64,8 @@ def run_pytest(backend, arguments, **settings):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
         fast = FAST | {"JAX_COMPILATION_CACHE_DIR": folder}
-        parts = [(["-m", "compiled"], {}), (["-m", "not (compiled or gpu)"], fast)]
+        rest = ["-m", "not (compiled or gpu or long)"]
+        parts = [(["-m", "compiled"], {}), (rest, fast)]
         if backend == "torch":  # XLA is in the other backends that its tests start
             parts = [([], fast)]
         elif "-m" in arguments:

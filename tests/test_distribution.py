@@ -197,6 +197,7 @@ def test_sequence_parallel_exchanges_states_and_the_sum_of_gradients():
     assert all("/mlstm/" in place for place in permuted)
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_and_go_on_after_a_kill(monkeypatch):
     """The example, in processes of their own, which have a device each."""
     path = Path(__file__).resolve().parents[1] / "examples" / "train_distributed.py"
