@@ -117,6 +117,7 @@ def test_lora_trains_less_than_two_percent_of_the_quickstart_model():
     assert 0.01 * total < trained < 0.02 * total
 
 
+@pytest.mark.long
 def test_lora_learns_on_top_of_int8():
     lm = trained_model()
     quantize(lm, "int8")
@@ -128,7 +129,9 @@ def test_lora_learns_on_top_of_int8():
 
 
 @pytest.mark.parametrize(
-    "style, mode", [("large", mode) for mode in LIMITS] + [("original", "int8")]
+    "style, mode",
+    [("large", mode) for mode in LIMITS]
+    + [pytest.param("original", "int8", marks=pytest.mark.long)],
 )
 def test_quantized_models_keep_their_perplexity_save_load_and_generate(style, mode, tmp_path):
     lm = trained_model(style)
