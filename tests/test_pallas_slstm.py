@@ -45,6 +45,7 @@ TPU = {name: replace(SLSTM_CASES[name], S=20, NH=2) for name in ALL_ALIKE.split(
     "bfloat16": replace(BOTH, S=20, dtype="bfloat16", jit=False),
     "float16": replace(BOTH, S=20, dtype="float16", jit=False),
     "one-step-reset": SLSTM_CASES["one-step-reset"],
+    "mask-all-fresh": SLSTM_CASES["mask-all-fresh"],
     "narrow": SLSTM_CASES["two-steps-narrow"],
     "blocks": replace(BOTH, S=19, NH=2, jit=False),
     "tiles": replace(BOTH, S=5, B=9, NH=1, jit=False),
