@@ -356,6 +356,12 @@ def check_gradients(op, kernel, case):
     truth(op, case).check_gradients(answers(op, kernel, case)[1])
 
 
+def check_all(op, kernel, case):
+    assert kernel in serving(op, case)
+    check_values_and_states(op, kernel, case)
+    check_gradients(op, kernel, case)
+
+
 def check_calls_continue(op, kernel):
     """Pieces of a sequence, one of them empty, give what the whole of it gives."""
     expected, (*_, num_inputs, num_sequences) = truth(op, BOTH), OPS[op]

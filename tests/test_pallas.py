@@ -44,37 +44,16 @@ TPU = {name: MLSTM_CASES[name] for name in SOME} | {
 }
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Sets what a kernel computes as, and names it: what is compiled for a name is kept."""
-
-    def use(platform):
-        monkeypatch.setenv(SETTING, f"interpret-{platform}")
-        names.append(f"pallas as on a {platform}")
-        kernels.register(names[-1], pallas.mlstm, pallas.why_not, priority=-100)
-        return names[-1]
-
-    names = []
-    yield use
-    for name in names:
-        kernels._kernels["mlstm"].pop(name)
-
-
-def check(kernel, case):
-    conformance.check_values_and_states("mlstm", kernel, case)
-    conformance.check_gradients("mlstm", kernel, case)
-
-
 @pytest.mark.parametrize("name", GPU)
 def test_as_on_a_gpu(interpreted, name):
-    check(interpreted("gpu"), GPU[name])
+    conformance.check_all("mlstm", interpreted("mlstm", "gpu"), GPU[name])
 
 
 @pytest.mark.parametrize("name", TPU)
 def test_as_on_a_tpu(interpreted, monkeypatch, name):
     if name.startswith("tiles"):
         monkeypatch.setattr(pallas, "MEMORY", 128 * TPU[name].DHQK)
-    check(interpreted("tpu"), TPU[name])
+    conformance.check_all("mlstm", interpreted("mlstm", "tpu"), TPU[name])
 
 
 def given(case):
@@ -91,7 +70,7 @@ def outputs(kernel, tensors):
 
 def test_vmap_and_second_derivatives(interpreted):
     """Both as of XLA's form, which `test_transforms.py` holds to the oracle."""
-    kernel, (tensors, weights) = interpreted("gpu"), given(Case(S=20))
+    kernel, (tensors, weights) = interpreted("mlstm", "gpu"), given(Case(S=20))
 
     def slopes(kernel, tensors):
         def loss(tensors):
@@ -124,10 +103,17 @@ def run(script, **environment):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_compiles_for_tpus():
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "v5e --dtypes bfloat16 --widths 128x256 20x36 --of gradients",
+        "v5p --dtypes bfloat16 --widths 128",
+        "v6e --dtypes float32 --widths 20",
+    ],
+)
+def test_compiles_for_tpus(arguments):
     """By the real compiler, in the VMEM that there is, and for chips that share out the work."""
-    command = "examples/benchmarks/pallas.py --compile v5e --of gradients"
-    assert "needs" not in run(f"{command} --dtypes bfloat16 --widths 128x256 20x36")
+    assert "needs" not in run(f"examples/benchmarks/pallas.py --compile {arguments}")
 
 
 # `conftest.py` hides Triton from JAX's tests.
@@ -176,4 +162,4 @@ def test_explain_says_for_what_and_how(monkeypatch):
 def test_on_a_device(name):
     case = GPU[name]
     if "pallas" in conformance.serving("mlstm", case):  # a TPU has no float16
-        check("pallas", case)
+        conformance.check_all("mlstm", "pallas", case)

@@ -3,12 +3,7 @@
 `KERAS_XLSTM_PALLAS` says what a call is computed as, see `keras_xlstm_pallas/mlstm.py`.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import conformance
 import keras
@@ -23,11 +18,9 @@ if keras.backend.backend() != "jax":
     pytest.skip("Pallas serves JAX", allow_module_level=True)
 import jax
 import jax.numpy as jnp
-from keras_xlstm_pallas import slstm as pallas
 from keras_xlstm_pallas import slstm_gpu, slstm_tpu
 from keras_xlstm_pallas.mlstm import SETTING
 
-ROOT = Path(__file__).resolve().parents[1]
 PLATFORMS = "gpu", "tpu"
 on_each = pytest.mark.parametrize("platform", PLATFORMS)
 
@@ -52,31 +45,9 @@ TPU = {name: replace(SLSTM_CASES[name], S=20, NH=2) for name in ALL_ALIKE.split(
 }
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Says what the kernel computes as. By a name of its own: what was compiled is for one."""
-
-    def use(platform):
-        monkeypatch.setenv(SETTING, f"interpret-{platform}")
-        names.append(f"pallas-{platform}")
-        kernels.register(names[-1], pallas.slstm, pallas.why_not, op="slstm", priority=-100)
-        return names[-1]
-
-    names = []
-    yield use
-    for name in names:
-        kernels._kernels["slstm"].pop(name)
-
-
-def check(kernel, case):
-    assert kernel in conformance.serving("slstm", case)
-    conformance.check_values_and_states("slstm", kernel, case)
-    conformance.check_gradients("slstm", kernel, case)
-
-
 @pytest.mark.parametrize("name", GPU)
 def test_as_on_a_gpu(interpreted, name):
-    check(interpreted("gpu"), GPU[name])
+    conformance.check_all("slstm", interpreted("slstm", "gpu"), GPU[name])
 
 
 def test_rows_of_a_tile_are_there():
@@ -91,7 +62,7 @@ def test_as_on_a_tpu(interpreted, monkeypatch, name):
         monkeypatch.setattr(slstm_tpu, "VMEM", 4 * 2 * 17 * 8 * 128 * 4)
     if name == "tiles":
         monkeypatch.setattr(slstm_tpu, "rows_of", lambda B: 8)
-    check(interpreted("tpu"), TPU[name])
+    conformance.check_all("slstm", interpreted("slstm", "tpu"), TPU[name])
 
 
 def arguments(case):
@@ -131,7 +102,7 @@ def gradients(kernel, case, tensors):
 def test_recurrent_scale_and_fresh_elements(interpreted, platform):
     """As XLA's form, which the suite holds to the oracle."""
     case = Case(S=7, mask="holes", reset="some")
-    tensors, kernel = arguments(case), interpreted(platform)
+    tensors, kernel = arguments(case), interpreted("slstm", platform)
     for function in outputs, gradients:
         pairs = zip(*(function(k, case, tensors) for k in (kernel, "xla")), strict=True)
         for ours, theirs in pairs:
@@ -141,7 +112,7 @@ def test_recurrent_scale_and_fresh_elements(interpreted, platform):
 @on_each
 def test_rows_mapped_and_second_derivatives(interpreted, platform):
     case = Case(S=3, NH=1, DHHV=3, mask="holes", reset="some")
-    tensors, kernel = arguments(case), interpreted(platform)
+    tensors, kernel = arguments(case), interpreted("slstm", platform)
     shared = 1, 2  # the recurrent kernel and the bias
     axes = [None if number in shared else 0 for number in range(len(tensors))]
 
@@ -177,27 +148,8 @@ def test_why_not_and_how(monkeypatch):
     assert "pallas: needs heads of at most 64 on a GPU, " in explain(65, "gpu")
 
 
-def run(script, *arguments, **settings):
-    command = [sys.executable, script, *arguments]
-    environment = os.environ | settings
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the compiler of TPUs")
-@pytest.mark.parametrize(
-    "arguments",
-    ["v5p --widths 128 --dtypes bfloat16", "v6e --widths 20 --dtypes float32"],
-)
-def test_compiles_for_tpus(arguments):
-    """GPUs are in `test_pallas.py`."""
-    command = ["examples/benchmarks/pallas.py", "--compile", *arguments.split()]
-    assert "needs" not in run(*command, XLA_FLAGS="")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() == "cpu", reason="needs a GPU or a TPU")
 @pytest.mark.parametrize("name", GPU)
 def test_on_a_device(name):
-    check("pallas", GPU[name])
+    conformance.check_all("slstm", "pallas", GPU[name])
