@@ -38,13 +38,14 @@ def seed():
 def interpreted(monkeypatch):
     """Sets what Pallas computes as, and names the kernel: what is compiled for a name is kept."""
     from keras_xlstm_pallas import mlstm, slstm
+    from keras_xlstm_pallas.target import SETTING
 
     from keras_xlstm import kernels
 
     names = []
 
     def use(op, platform):
-        monkeypatch.setenv(mlstm.SETTING, f"interpret-{platform}")
+        monkeypatch.setenv(SETTING, f"interpret-{platform}")
         module, name = {"mlstm": mlstm, "slstm": slstm}[op], f"pallas as on a {platform}"
         kernels.register(name, getattr(module, op), module.why_not, op=op, priority=-100)
         names.append((op, name))

@@ -1,6 +1,6 @@
 """The Pallas mLSTM without a GPU and without a TPU: interpreted, and in the real compilers.
 
-`KERAS_XLSTM_PALLAS` says what a call is computed as, see `keras_xlstm_pallas/mlstm.py`.
+`KERAS_XLSTM_PALLAS` says what a call is computed as, see `keras_xlstm_pallas/target.py`.
 """
 
 import functools
@@ -25,9 +25,9 @@ if keras.backend.backend() != "jax":
 import jax
 import jax.numpy as jnp
 from keras_xlstm_pallas import mlstm as pallas
+from keras_xlstm_pallas.target import SETTING
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTING = pallas.SETTING
 
 # Two whole chunks and a part of one, and several tiles of values.
 WIDE = dict(S=37, NH=2, mask="holes", reset="some", chunk_size=16)

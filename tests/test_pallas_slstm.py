@@ -1,6 +1,6 @@
 """The Pallas sLSTM without a GPU and without a TPU: interpreted, and in the real compilers.
 
-`KERAS_XLSTM_PALLAS` says what a call is computed as, see `keras_xlstm_pallas/mlstm.py`.
+`KERAS_XLSTM_PALLAS` says what a call is computed as, see `keras_xlstm_pallas/target.py`.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ if keras.backend.backend() != "jax":
 import jax
 import jax.numpy as jnp
 from keras_xlstm_pallas import slstm_gpu, slstm_tpu
-from keras_xlstm_pallas.mlstm import SETTING
+from keras_xlstm_pallas.target import SETTING
 
 PLATFORMS = "gpu", "tpu"
 on_each = pytest.mark.parametrize("platform", PLATFORMS)

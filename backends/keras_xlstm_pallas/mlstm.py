@@ -6,14 +6,11 @@ memories and their gradients only, and all else is computed of all chunks at onc
 What is small, (B, S, NH), is left to XLA. Under sharding by batch and by head each device computes
 its own part (`partition.py`).
 
-It runs on the default device of JAX. The environment variable `KERAS_XLSTM_PALLAS`, read when a
-function is traced, sets another: "tpu" or "gpu" for which a program is compiled ahead of time, or
-"interpret-tpu" or "interpret-gpu" to compute the same on a CPU, slowly.
+What it runs on says `target.py`.
 """
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import jax
@@ -25,8 +22,8 @@ from keras_xlstm.ops.mlstm_chunks import stabilizers, to_the_maximum
 from keras_xlstm_pallas import xla
 from keras_xlstm_pallas.mlstm_chunk import Numbers
 from keras_xlstm_pallas.partition import by_batch_and_head
+from keras_xlstm_pallas.target import Target, why_not_here
 
-SETTING = "KERAS_XLSTM_PALLAS"
 DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
 OVER = -8192.0  # a logarithm of which exp is 0, and of which a chunk's sum is exact
 BLOCK = 2**16  # elements of a block of keys of a TPU
@@ -34,36 +31,10 @@ WIDEST = 1024  # keys on a TPU
 MEMORY = 2**17  # elements of the memory of a program: of float32, seven in 16 MiB of a TPU's VMEM
 
 
-class Target(NamedTuple):
-    platform: str
-    interpreted: bool
-
-    @classmethod
-    def of(cls):
-        """What a call that is traced now will run on."""
-        setting = os.environ.get(SETTING)
-        if setting is None:
-            return cls(default_platform(), False)
-        platform = setting.removeprefix("interpret-")
-        if platform not in DTYPES:
-            known = [*DTYPES, *(f"interpret-{x}" for x in DTYPES)]
-            raise ValueError(f"{SETTING} must be one of {known}. Received: {setting!r}.")
-        return cls(platform, platform != setting)
-
-
-def default_platform():
-    device = jax.config.jax_default_device
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
-
-
 def why_not(q, k, v, *args, **kwargs):
-    if reason := xla.why_not(q):
+    if reason := why_not_here(q):
         return reason
     target = Target.of()
-    if target.platform not in DTYPES:
-        return f"needs a GPU or a TPU, the default device is a {target.platform.upper()}"
     dtypes = sorted({x.dtype.name for x in (q, k, v)})
     if not set(dtypes) <= set(DTYPES[target.platform]):
         return f"needs one of {DTYPES[target.platform]} on a {target.platform}, received {dtypes}"
@@ -110,11 +81,7 @@ class Plan(NamedTuple):
         return cls(target, L, T, TK, DHQK, DHHV, numbers, jnp.dtype(computed), eps)
 
     def __str__(self):
-        platform, interpreted = self.target
-        return (
-            f"for a {platform.upper()}{', interpreted' if interpreted else ''}, in chunks of "
-            f"{self.L} steps, by {self.T} values a program"
-        )
+        return f"{self.target}, in chunks of {self.L} steps, by {self.T} values a program"
 
     @property
     def interpreted(self):

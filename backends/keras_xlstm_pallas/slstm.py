@@ -16,8 +16,8 @@ from jax import lax
 
 from keras_xlstm.ops.mlstm import NEVER
 from keras_xlstm_pallas import slstm_walk, xla
-from keras_xlstm_pallas.mlstm import Target
 from keras_xlstm_pallas.partition import by_batch_and_head
+from keras_xlstm_pallas.target import Target, why_not_here
 
 # Heads of which R stays on a TPU, and of which a GPU's registers hold a step, by factors.
 WIDEST = {("tpu", "float32"): 512, ("tpu", "bfloat16"): 512}
@@ -25,11 +25,9 @@ WIDEST |= {("gpu", "float32"): 64, ("gpu", "bfloat16"): 64}
 
 
 def why_not(gates, *args, **kwargs):
-    if reason := xla.why_not(gates):
+    if reason := why_not_here(gates):
         return reason
     platform, DH = Target.of().platform, gates.shape[-1]
-    if platform not in ("tpu", "gpu"):
-        return f"needs a GPU or a TPU, the default device is a {platform.upper()}"
     factors = jnp.dtype(operands(gates)).name
     if (most := WIDEST[platform, factors]) < DH:
         where = f"on a {platform.upper()}, where products are in {factors}"
@@ -38,8 +36,7 @@ def why_not(gates, *args, **kwargs):
 
 def how(gates, *args):
     target = Target.of()
-    platform = f"{target.platform.upper()}{', interpreted' if target.interpreted else ''}"
-    return f"for a {platform}, by {chip_of(target).rows_of(gates.shape[0])} rows a program"
+    return f"{target}, by {chip_of(target).rows_of(gates.shape[0])} rows a program"
 
 
 def chip_of(target):
