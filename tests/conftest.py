@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from importlib.metadata import entry_points
@@ -27,6 +28,11 @@ TESTS = Path(__file__).parent.glob("test_*.py")
 # `pytest -m gpu` loads Triton: files without such tests, which may load TensorFlow, stay out.
 if "gpu" in sys.argv:
     collect_ignore = [path.name for path in TESTS if "mark.gpu" not in path.read_text()]
+
+
+def pytest_collection_finish():
+    """Collections, which Keras asks for often, need not look at what is imported by now."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -106,9 +106,9 @@ def run(script, **environment):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "v5e --dtypes bfloat16 --widths 128x256 20x36 --of gradients",
-        "v5p --dtypes bfloat16 --widths 128",
-        "v6e --dtypes float32 --widths 20",
+        "v5e --dtypes bfloat16 --widths 128x256 20x36 128 --of gradients",
+        "v5p --dtypes bfloat16 --widths 128x128 128",
+        "v6e --dtypes float32 --widths 64x64 20 --of gradients",
     ],
 )
 def test_compiles_for_tpus(arguments):
@@ -122,7 +122,8 @@ def test_compiles_for_tpus(arguments):
     "arguments",
     [
         "sm_90 --dtypes bfloat16 --widths 128x256 64 --steps 100",
-        "sm_90 --dtypes float32 --widths 64x64 64",
+        "sm_90 --dtypes float16 float32 --widths 64x64 64",
+        "sm_100 --dtypes bfloat16 --widths 64x64 64",
     ],
 )
 def test_compiles_for_gpus(arguments):
