@@ -25,6 +25,7 @@ from keras_xlstm.ops import mlstm, slstm
 
 TIMES = {"float32": 16, "bfloat16": 2, "float16": 2}
 ROUNDING = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+TINY = 2.0**-126  # below, XLA takes 0
 UNDERFLOW = 1e-16  # of derivatives: float32 loses 1e-38, where 1 / exp(-m) = exp(50) follows
 
 
@@ -214,7 +215,7 @@ class Truth:
     def around(self, exact, inexact):
         """The answer, and the distance from it that is allowed."""
         noise, scale = (np.max(np.abs(x), initial=0) for x in (exact - inexact, exact))
-        return exact, TIMES[self.dtype] * noise + ROUNDING[self.dtype] * scale
+        return exact, TIMES[self.dtype] * noise + ROUNDING[self.dtype] * scale + TINY
 
     def check_outputs(self, outputs):
         for number, (y, (exact, allowed)) in enumerate(zip(outputs, self.outputs, strict=True)):
