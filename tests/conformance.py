@@ -47,6 +47,7 @@ class Case:
     NH: int = 3
     DHQK: int = 5
     DHHV: int = 7
+    seed: int = 0
 
     def flags(self):
         rng, steps = np.random.default_rng(1), np.tile(np.arange(self.S), (self.B, 1))
@@ -124,7 +125,7 @@ def gate(rng, shape, at):
 
 def mlstm_inputs(case):
     B, S, NH, DHQK, DHHV = case.B, case.S, case.NH, case.DHQK, case.DHHV
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(case.seed)
     # Keys of one direction, queries of both: n^T q is divided by, and has either sign, not 0.
     q, k = 1 + 0.3 * rng.normal(size=(2, B, S, NH, DHQK))
     inputs = {
@@ -144,7 +145,7 @@ def mlstm_inputs(case):
 
 def slstm_inputs(case):
     B, S, NH, DH = case.B, case.S, case.NH, case.DHHV
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(case.seed)
     gates = rng.normal(size=(B, S, 4, NH, DH))
     gates[:, :, 0] = gate(rng, (B, S, NH, DH), case.i)
     gates[:, :, 1] = gate(rng, (B, S, NH, DH), case.f)
