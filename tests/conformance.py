@@ -200,18 +200,23 @@ class Truth:
         self.weights = [rng.normal(size=y.shape).astype("float32") for y in outputs[0]]
         self.directions = [rng.normal(size=(3, *x.shape)) for x in exact]
 
-        def loss(*x):
-            return sum(np.sum(w * y) for w, y in zip(self.weights, reference(*x), strict=True))
+        self.reference, self.exact, self.inexact = reference, exact, inexact
 
-        def derivatives(inputs, j):
+    @functools.cached_property
+    def derivatives(self):
+        def loss(*x):
+            outputs = self.reference(*x)
+            return sum(np.sum(w * y) for w, y in zip(self.weights, outputs, strict=True))
+
+        def of(inputs, j):
             still = [np.zeros_like(x) for x in inputs]
-            moves = [[*still[:j], d.astype(still[j].dtype), *still[j + 1 :]] for d in directions[j]]
+            moves = [
+                [*still[:j], d.astype(still[j].dtype), *still[j + 1 :]] for d in self.directions[j]
+            ]
             return np.array([oracle.directional(loss, inputs, move) for move in moves])
 
-        self.loss, directions = loss, self.directions
-        self.derivatives = [
-            self.around(derivatives(exact, j), derivatives(inexact, j)) for j in range(len(exact))
-        ]
+        numbers = range(len(self.exact))
+        return [self.around(of(self.exact, j), of(self.inexact, j)) for j in numbers]
 
     def around(self, exact, inexact):
         """The answer, and the distance from it that is allowed."""

@@ -31,6 +31,18 @@ SIZE = Case(S=6, chunk_size=4, B=3, NH=2, DHQK=3, DHHV=2)
 each_op = pytest.mark.parametrize("op", OPS)
 
 
+class Rounded(Truth):
+    """A share of the largest number more may be lost."""
+
+    def __init__(self, share, *args):
+        self.share = share
+        super().__init__(*args)
+
+    def around(self, exact, inexact):
+        exact, allowed = super().around(exact, inexact)
+        return exact, allowed + self.share * np.max(np.abs(exact), initial=0)
+
+
 @dataclass
 class Call:
     """A call of an operation: arrays by name, the state's last, and flags."""
@@ -69,16 +81,10 @@ class Call:
 
     def truth(self):
         """The oracle's answer; a stabilizer near 10,000 is rounded by 0.001, and scales C so."""
-        expected = Truth(self.oracle, self.inputs, self.state, self.case.dtype)
         largest = max(np.max(np.abs(x), initial=1) for x in [*self.gates(), self.state["m"]])
         rounding = TIMES["float32"] * np.spacing(np.float32(largest)) / 2
 
-        def wider(pairs):
-            return [(x, most + rounding * np.max(np.abs(x), initial=0)) for x, most in pairs]
-
-        expected.outputs = wider(expected.outputs)
-        expected.derivatives = wider(expected.derivatives)
-        return expected
+        return Rounded(rounding, self.oracle, self.inputs, self.state, self.case.dtype)
 
     def weights(self):
         """Of outputs and states in a loss."""
@@ -102,9 +108,6 @@ class Call:
     def sequences(self):
         """The names of the inputs that have steps."""
         return list(self.inputs)[: OPS[self.op].num_sequences]
-
-    def changed(self, **parts):
-        return replace(self, **parts)
 
     def kernels(self):
         for kernel in serving(self.op, replace(self.case, seed=0, state=True)):
@@ -139,7 +142,6 @@ def forward(op, kernel, options, compiled=BACKEND == "jax"):
 
 serving = functools.cache(conformance.serving)
 
-
 SIZES = [  # few enough to compile for
     SIZE,
     Case(S=1, B=1, NH=1, DHQK=1, DHHV=1),
@@ -156,7 +158,7 @@ def cases(dtypes):
     elif BACKEND == "torch":
         sizes = st.builds(
             Case,
-            S=st.integers(1, 24),
+            S=st.integers(1, 16),
             chunk_size=st.none() | st.integers(1, 30),
             B=st.integers(1, 3),
             NH=st.integers(1, 3),
@@ -189,6 +191,7 @@ def calls(draw, op, dtypes=("float32",), levels=None):
     return replace(drawn, flags=flags)
 
 
+SPOILT = np.nan, np.inf, -np.inf
 tensor = functools.partial(as_tensor, dtype="float32")
 
 
@@ -212,7 +215,6 @@ def test_the_oracle_agrees(op, data):
 @given(data=st.data())
 def test_the_oracles_derivatives_are_difference_quotients(op, data):
     drawn = data.draw(calls(op, levels=(-3, 0, 3)))
-
     conformance.check_oracle(drawn.oracle, drawn.arrays)
 
 
@@ -230,7 +232,7 @@ def test_no_step_sees_a_later_one(op, data):
     flags = {name: flag ^ later for name, flag in drawn.flags.items()}
     for kernel in drawn.kernels():
         (h, *_), _ = drawn.run(kernel)
-        (changed, *_), _ = drawn.changed(inputs=inputs, flags=flags).run(kernel)
+        (changed, *_), _ = replace(drawn, inputs=inputs, flags=flags).run(kernel)
         equal(changed[:, :t], h[:, :t], kernel)
 
 
@@ -241,7 +243,7 @@ def test_any_chunks_give_the_same(data):
     sizes = st.integers(1, 30) if LONG else st.sampled_from([1, 6])
     case = replace(drawn.case, chunk_size=data.draw(sizes))
     for kernel in drawn.kernels():
-        expected.check_outputs(drawn.changed(case=case).forward(kernel))
+        expected.check_outputs(replace(drawn, case=case).forward(kernel))
 
 
 @each_op
@@ -251,7 +253,7 @@ def test_calls_go_on_where_others_stopped(op, data):
     steps = st.integers(0, drawn.case.S) if LONG else st.sampled_from([0, 2, 4])
     cuts = sorted(data.draw(st.lists(steps, max_size=3)))
     expected, tensors = drawn.truth(), drawn.tensors
-    _, _, _, _, _, num_inputs, num_sequences = OPS[op]
+    *_, num_inputs, num_sequences = OPS[op]
     for kernel in drawn.kernels():
         outputs, state = [], tensors[num_inputs:]
         for start, stop in itertools.pairwise([0, *cuts, drawn.case.S]):
@@ -285,7 +287,7 @@ def test_padding_may_stand_anywhere(op, data):
     flags = {name: move(flag, order, whither) for name, flag in drawn.flags.items()}
     expected = drawn.truth()
     for kernel in drawn.kernels():
-        h, *state = drawn.changed(inputs=drawn.inputs | moved, flags=flags).forward(kernel)
+        h, *state = replace(drawn, inputs=drawn.inputs | moved, flags=flags).forward(kernel)
         h = ops.convert_to_tensor(move(ops.convert_to_numpy(h), whither, order))
         expected.check_outputs([h, *state])
 
@@ -302,7 +304,7 @@ def test_what_masked_steps_hold_is_without_effect(op, data):
     flags = drawn.flags | {"reset": drawn.flags["reset"] ^ masked}
     for kernel in drawn.kernels():
         outputs, slopes = drawn.run(kernel)
-        others, other_slopes = drawn.changed(inputs=inputs, flags=flags).run(kernel)
+        others, other_slopes = replace(drawn, inputs=inputs, flags=flags).run(kernel)
         for x, y in zip([*outputs, *slopes], [*others, *other_slopes], strict=True):
             equal(y, x, kernel)
         equal(outputs[0][masked], 0, kernel)
@@ -316,10 +318,7 @@ def test_rows_do_not_touch_each_other(op, data):
     """Not even by NaN or infinity, at one step or at all, and neither in gradients."""
     drawn = data.draw(calls(op))
     B, S = drawn.flags["mask"].shape
-    row, bad = (
-        data.draw(st.integers(0, B - 1)),
-        data.draw(st.sampled_from([np.nan, np.inf, -np.inf])),
-    )
+    row, bad = data.draw(st.integers(0, B - 1)), data.draw(st.sampled_from(SPOILT))
     name = data.draw(st.sampled_from([*drawn.sequences(), *drawn.state, "all"]))
     step = data.draw(st.sampled_from([slice(None), 0, S - 1]))
     inputs, state = (
@@ -333,7 +332,7 @@ def test_rows_do_not_touch_each_other(op, data):
             state[key][row] = bad
     others = np.arange(B) != row
     for kernel in drawn.kernels():
-        good, spoilt = (x.run(kernel) for x in (drawn, drawn.changed(inputs=inputs, state=state)))
+        good, spoilt = (x.run(kernel) for x in (drawn, replace(drawn, inputs=inputs, state=state)))
         for number, (x, y) in enumerate(zip(good[0], spoilt[0], strict=True)):
             equal(y[others], x[others], f"{kernel}, output {number}")
         for key, x, y in zip([*inputs, *state], good[1], spoilt[1], strict=True):
@@ -355,7 +354,7 @@ def test_heads_may_stand_in_any_order(op, data):
     weights = [w.take(order, 1 + (n == 0)) for n, w in enumerate(expected.weights)]
     axes = [HEADS.get(key, 2) for key in inputs] + [1] * len(state)
     for kernel in drawn.kernels():
-        outputs, slopes = drawn.changed(inputs=inputs, state=state).run(kernel, weights)
+        outputs, slopes = replace(drawn, inputs=inputs, state=state).run(kernel, weights)
         outputs = [y.take(back, 1 + (n == 0)) for n, y in enumerate(outputs)]
         slopes = [y.take(back, axis) for y, axis in zip(slopes, axes, strict=True)]
         expected.check_outputs([as_tensor(outputs[0], drawn.case.dtype), *map(tensor, outputs[1:])])
@@ -375,8 +374,8 @@ def test_a_states_scale_is_its_stabilizers(op, data):
     scaled = ("C", "n") if op == "mlstm" else ("c", "n")
     state |= {name: state[name] * np.exp(log_a) for name in scaled}
     state["m"] = state["m"] - log_a
-    drawn = drawn.changed(case=replace(drawn.case, eps=0.0))
-    other = drawn.changed(state=state)
+    drawn = replace(drawn, case=replace(drawn.case, eps=0.0))
+    other = replace(drawn, state=state)
 
     # Of the oracle, nearly exactly.
     (h, *end), (other_h, *other_end) = (x.oracle(*x.arrays) for x in (drawn, other))
@@ -461,7 +460,7 @@ def test_layers_do_not_look_ahead(kind, data):
 @given(data=st.data())
 def test_rows_of_layers_do_not_touch_each_other(kind, data):
     x, weights, flags = data.draw(layer_calls(kind))
-    row, bad = data.draw(st.integers(0, 2)), data.draw(st.sampled_from([np.nan, np.inf]))
+    row, bad = data.draw(st.integers(0, 2)), data.draw(st.sampled_from(SPOILT))
     step = data.draw(st.sampled_from([slice(None), 0, -1]))
     spoilt, others = x.copy(), np.arange(3) != row
     spoilt[row, step] = bad
