@@ -31,7 +31,7 @@ def mlstm(q, k, v, i, f, *, initial_state=None, mask=None, reset=None, eps=1e-6)
         m[b] = m_new
         scaled_q = q[b, t] / DHQK**0.5
         numerator = np.sum(C[b] * scaled_q[:, :, None], axis=1)
-        denominator = maximum(absolute(np.sum(n[b] * scaled_q, axis=1)), np.exp(-m_new)) + eps
+        denominator = maximum(absolute(np.sum(n[b] * scaled_q, axis=1)), largest_exp(-m_new)) + eps
         h[b, t] = numerator / denominator[:, None]
     return h, (C, n, m)
 
@@ -49,7 +49,7 @@ def slstm(gates, recurrent_kernel, bias, *, initial_state=None, mask=None, reset
         i, f, z, o = gates[b, t] + recurrent.swapaxes(0, 1) + bias
         log_f = log_sigmoid(f)
         m_new = np.where(n[b] == 0, i, maximum(i, log_f + m[b]))
-        keep, write = np.exp(log_f + m[b] - m_new), np.exp(i - m_new)
+        keep, write = largest_exp(log_f + m[b] - m_new), np.exp(i - m_new)
         c[b] = keep * c[b] + write * np.tanh(z)
         n[b] = keep * n[b] + write
         m[b] = m_new
@@ -101,6 +101,12 @@ def maximum(x, y):
 
 def absolute(x):
     return np.where(np.real(x) >= 0, x, -x)
+
+
+def largest_exp(x):
+    """exp(x), or the most that the precision holds: for what is divided by, or multiplies 0."""
+    most = np.log(np.finfo(x.dtype).max) - 1
+    return np.exp(np.where(np.real(x) < most, x, most))
 
 
 def log_sigmoid(x):

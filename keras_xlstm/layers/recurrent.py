@@ -146,6 +146,8 @@ def _backwards(x, mask, reset):
 
 def _last_output(h, mask):
     """The output of the last step that happened, (B, D); 0 where none did."""
+    if 0 in h.shape[:2]:
+        return ops.sum(h, axis=1)
     if mask is None:
         return h[:, -1]
     steps = ops.arange(ops.shape(h)[1], dtype="int32")

@@ -18,7 +18,7 @@ reset, at which a fresh state would have offered `lf + 0` too.
 
 A kernel of the operation "mlstm" is `kernel(q, k, v, i, log_f, s, state, *, chunk_size, eps)`.
 q, k (B, S, NH, DHQK) and v (B, S, NH, DHHV) come in the compute dtype, i, log_f and s
-(B, S, NH) and the state in float32, S >= 1, `chunk_size` an int or `None` for its own choice.
+(B, S, NH) and the state in float32, B and S >= 1, `chunk_size` an int or `None` for its own choice.
 It returns h (B, S, NH, DHHV) in any float dtype and the next state in float32, and is
 differentiable in every tensor that it takes.
 """
@@ -32,6 +32,7 @@ from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
 
 NEVER = -1e30  # log of a shut gate: exp(NEVER) is 0, and sums of many stay finite
+GATE_LIMIT = 65504.0  # float16's largest; float32 hardly tells sums of larger gates apart
 MAX_EXPONENT = 88.0  # exp(88) is the last power that float32 holds
 CHUNK_SIZE = 64
 
@@ -56,7 +57,8 @@ def mlstm(
     Args:
         q, k: float tensors, (B, S, NH, DHQK), unscaled: q is scaled by DHQK^-1/2 at read time.
         v: float tensor, (B, S, NH, DHHV).
-        i, f: float tensors, (B, S, NH): input and forget gate pre-activations, in nats.
+        i, f: float tensors, (B, S, NH): input and forget gate pre-activations, in nats. What lies
+            beyond ±65504, infinity too, counts as ±65504.
         initial_state: C (B, NH, DHQK, DHHV), n (B, NH, DHQK), m (B, NH). `None` for zeros.
         mask: bool tensor, (B, S). Where it is `False` the step does not happen, whatever `reset`
             says there: the state passes through unchanged, and h is 0.
@@ -209,8 +211,8 @@ def prepare(
 
 def masked_gates(i, f, mask, reset):
     """Turns masks and resets into gates: i, log_f and s, (B, S, NH), float32."""
-    i = s = ops.cast(i, "float32")
-    log_f = ops.log_sigmoid(ops.cast(f, "float32"))
+    i = s = bounded(ops.cast(i, "float32"))
+    log_f = ops.log_sigmoid(bounded(ops.cast(f, "float32")))
     if reset is not None:
         at_reset = ops.cast(reset, "bool")[:, :, None]
         s = ops.where(at_reset, ops.maximum(i, log_f), i)
@@ -220,6 +222,11 @@ def masked_gates(i, f, mask, reset):
         i, s = (ops.where(happens, x, NEVER) for x in (i, s))
         log_f = ops.where(happens, log_f, ops.zeros_like(log_f))
     return i, log_f, s
+
+
+def bounded(gates):
+    """Pre-activations without those, infinity among them, beside which others would be lost."""
+    return ops.clip(gates, -GATE_LIMIT, GATE_LIMIT)
 
 
 def step(q, k, v, i, log_f, s, state, eps):
@@ -361,15 +368,16 @@ def _at_once(q, *args, **kwargs):
     return f"all {q.shape[1]} steps at once"
 
 
-def no_steps(sequence, *args, **kwargs):
-    return sequence.shape[1] == 0
+def nothing_given(sequence, *args, **kwargs):
+    """Whether there is no row, or no step."""
+    return 0 in sequence.shape[:2]
 
 
 def step_by_step(sequence, *args, **kwargs):
     return f"step by step, S = {sequence.shape[1]}"
 
 
-kernels.define("mlstm", prepare, no_steps)
+kernels.define("mlstm", prepare, nothing_given)
 kernels.register("step", _single_step, _not_one_step, priority=100, how=lambda *_, **__: "one step")
 kernels.register("chunkwise", chunkwise, priority=0, how=_in_chunks)
 kernels.register("parallel", _parallel, _length_unknown, priority=-10, how=_at_once)

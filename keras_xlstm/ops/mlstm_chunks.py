@@ -28,6 +28,7 @@ from keras_xlstm.ops.mlstm import MAX_EXPONENT, NEVER
 from keras_xlstm.ops.products import einsum
 
 GROUP_SIZE = 2**19  # elements of the largest temporary of a group
+SHUT = -(2.0**18)  # for NEVER in sums: shut for gates within GATE_LIMIT, and sums stay exact
 
 
 @dataclass(frozen=True)
@@ -236,17 +237,18 @@ class Weights:
 def prefix_sums(log_f):
     """Sums of log_f up to each step, in three parts of which differences are exact or small.
 
-    Multiples of 1/64, whose sums float32 holds exactly up to 2^18; the small rests of them; and
-    what lies below -1024, a reset above all.
+    Multiples of 64, multiples of 1/64 between them, and the small rests. Float32 holds sums of
+    the first two exactly, up to 2^30 and 2^18.
     """
-    bounded = ops.maximum(log_f, -1024.0)
-    coarse = ops.round(bounded * 64) / 64
-    return [ops.cumsum(x, -1) for x in (coarse, bounded - coarse, log_f - bounded)]
+    log_f = ops.maximum(log_f, SHUT)
+    large = ops.round(log_f / 64) * 64
+    coarse = ops.round((log_f - large) * 64) / 64
+    return [ops.cumsum(x, -1) for x in (large, coarse, (log_f - large) - coarse)]
 
 
 def total(sums):
-    coarse, fine, beyond = sums
-    return (coarse + beyond) + fine
+    large, coarse, fine = sums
+    return (large + coarse) + fine
 
 
 def differences(sums):

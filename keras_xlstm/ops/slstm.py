@@ -12,9 +12,9 @@ Per step, with the head's hidden state h, `raw = gates + R h + bias` in the orde
 
 A kernel of the operation "slstm" is
 `kernel(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale)`, with gates
-(B, S, 4, NH, DH) in the compute dtype, S >= 1, and the rest in float32; mask and reset are bool or
-`None`, reset is already `False` where mask is, and recurrent_scale may be `None`. It returns h
-(B, S, NH, DH), as it stands in the state, and the next state.
+(B, S, 4, NH, DH) in the compute dtype, B and S >= 1, and the rest in float32; mask and reset are
+bool or `None`, reset is already `False` where mask is, and recurrent_scale may be `None`. It
+returns h (B, S, NH, DH), as it stands in the state, and the next state.
 """
 
 from keras import ops
@@ -22,7 +22,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import check_shapes
-from keras_xlstm.ops.mlstm import MAX_EXPONENT, no_steps, step_by_step
+from keras_xlstm.ops.mlstm import MAX_EXPONENT, bounded, nothing_given, step_by_step
 from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
 
@@ -42,7 +42,8 @@ def slstm(
     """The sLSTM over a sequence.
 
     Args:
-        gates: float tensor, (B, S, 4, NH, DH): what the input gives to i, f, z and o.
+        gates: float tensor, (B, S, 4, NH, DH): what the input gives to i, f, z and o. What lies
+            beyond ±65504, infinity too, counts as ±65504.
         recurrent_kernel: float tensor, (NH, DH, 4, DH): from the head's hidden state to its
             gates.
         bias: float tensor, (4, NH, DH).
@@ -167,6 +168,7 @@ def prepare(
     recurrent_kernel, bias = (ops.cast(x, "float32") for x in (recurrent_kernel, bias))
     if recurrent_scale is not None:
         recurrent_scale = ops.cast(recurrent_scale, "float32")
+    gates = bounded(gates)
     return (gates, recurrent_kernel, bias, tuple(state), mask, reset, recurrent_scale), {}
 
 
@@ -210,5 +212,5 @@ def slstm_scan(gates, recurrent_kernel, bias, state, mask, reset, recurrent_scal
     return ops.swapaxes(h, 0, 1), state
 
 
-kernels.define("slstm", prepare, no_steps)
+kernels.define("slstm", prepare, nothing_given)
 kernels.register("scan", slstm_scan, op="slstm", how=step_by_step)

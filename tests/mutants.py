@@ -1,0 +1,173 @@
+"""Are the tests able to fail? Changes one place of the numerics at a time, and runs some of them.
+
+python -m tests.mutants            all mutants, in a copy of the tree; takes long
+python -m tests.mutants slstm      those of files with "slstm" in their path
+
+A mutant is killed when a test fails. Each changes numbers: those that cannot are no mutants.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from tests.__main__ import FAST, QUIET, ROOT
+
+OF_OPS = ("test_causal_conv.py", "test_properties.py", "test_edges.py")
+OF_LAYERS = ("test_layers.py", "test_block_parts.py", "test_blocks.py", "test_layouts.py")
+LAYERS, OPS = "keras_xlstm/layers/", "keras_xlstm/ops/"
+TORCH = "backends/keras_xlstm_triton/"
+
+# File -> pairs of what stands there once and what is put in its place.
+MUTANTS = {
+    OPS + "mlstm.py": [
+        ("s = ops.where(at_reset, ops.maximum(i, log_f), i)", "s = i"),
+        ("log_f = ops.where(at_reset, NEVER, log_f)", "pass"),
+        ("(ops.where(happens, x, NEVER) for x in (i, s))", "(i, ops.where(happens, s, NEVER))"),
+        ("log_f = ops.where(happens, log_f, ops.zeros_like(log_f))", "pass"),
+        ("m_new = ops.maximum(m_old, s)", "m_new = m_old"),
+        ("    n = a * n + bk\n", "    n = n + bk\n"),
+        ("    q = q * q.shape[-1] ** -0.5\n    with", "    q = q * q.shape[-1] ** -1\n    with"),
+        ("ops.exp(ops.minimum(-m, MAX_EXPONENT))) + eps", "ops.exp(-m)) + 2 * eps"),
+        ("ops.maximum(ops.abs(nq), ops.exp", "ops.maximum(nq, ops.exp"),
+        ("i = s = bounded(ops.cast(i", "i = s = (ops.cast(i"),
+        ("log_sigmoid(bounded(ops.cast(f", "log_sigmoid((ops.cast(f"),
+        ("return 0 in sequence.shape[:2]", "return 0 in sequence.shape[1:2]"),
+        ("D = decay + i[..., None, :]", "D = decay + i[..., None]"),
+        ("new[..., None] * C_added", "C_added"),
+        ("old * n + new * n_added", "n + new * n_added"),
+        ("outer = ops.exp(b + m[..., None] - m_t)", "outer = ops.exp(b - m_t)"),
+        ("after = ops.arange(L)[:, None] > ops", "after = ops.arange(L)[:, None] >= ops"),
+        ("h = ops.where(ops.cast(mask, \"bool\")[:, :, None, None], h, ops.zeros_like(h))", "pass"),
+    ],
+    OPS + "slstm.py": [
+        ("m_new = ops.where(n == 0, i, ops", "m_new = ops.where(n == -1, i, ops"),
+        ("c = F * c + I * ops.tanh(z)", "c = F * c + I * z"),
+        ("    n = F * n + I\n", "    n = F * n + 1\n"),
+        ("h = h * recurrent_scale", "pass"),
+        ("reset = ops.logical_and(reset, mask)", "pass"),
+        ("gates = bounded(gates)", "pass"),
+    ],
+    OPS + "causal_conv.py": [
+        ("y = y + tap * kernel[j]", "y = y + tap * kernel[K - 1 - j]"),
+        ("reset = ops.take_along_axis(ops.logical_and(reset, mask), order, axis=1)", "pass"),
+        ("last = count + ops.arange(K - 1)", "last = count + ops.arange(K - 1) * 0"),
+    ],
+    OPS + "masks.py": [
+        ("ops.cast(mask, \"int32\"), axis=1) - 1, 0)", "ops.cast(mask, \"int32\"), axis=1), 0)"),
+    ],
+    OPS + "mlstm_chunks.py": [
+        ("log_f = ops.maximum(log_f, SHUT)", "pass"),
+        ("SHUT = -(2.0**18)", "SHUT = -(2.0**10)"),
+        ("coarse = ops.round((log_f - large) * 64) / 64", "coarse = 0 * large"),
+        ("return steps[:, None] >= steps[None, :]", "return steps[:, None] > steps[None, :]"),
+        ("dm_t = -eps * along", "dm_t = 0 * along"),
+        ("d_nq = ops.where(ops.abs(nq) > w.floor(), -along", "d_nq = ops.where(nq > 0, -along"),
+        ("new = dq, dk + dk_end, dv", "new = dq, dk, dv"),
+        ("column_sums(d_inside) + d_to_end", "column_sums(d_inside)"),
+        ("dm = dm - ops.sum(dC * C_end, (-1, -2))", "dm = dm"),
+        ("(ops.cumsum(d_to_end, -1) - d_to_end)", "ops.cumsum(d_to_end, -1)"),
+        ("+ d_between[..., None]", "+ 0 * d_between[..., None]"),
+        ("offered = s >= log_f + before", "offered = s <= log_f + before"),
+    ],
+    OPS + "slstm_loop.py": [
+        ("fresh = (0.0, 0.0, 0.0, NEVER)", "fresh = (0.0, 0.0, 0.0, 0.0)"),
+        ("h_o=h * (1 - sigmoid_o)", "h_o=h * sigmoid_o"),
+        ("c_z=I * (1 - tanh_z**2)", "c_z=I * (1 - tanh_z)"),
+        ("h_n=-h / n", "h_n=h / n"),
+        ("dh_before = ops.where(cleared, 0.0, dh_before)", "pass"),
+        ("later = dh, dc, dn, dm - dc * c[-1] - dn * n[-1]", "later = dh, dc, dn, dm - dc * c[-1]"),
+        ("m_end = ops.where(n_end == 0, m_start, m_end)", "pass"),
+        ("ops.where(happens, F, 1.0)", "F"),
+    ],
+    TORCH + "eager_mlstm.py": [
+        ("log_f.clamp(min=SHUT).cumsum(-1)", "log_f.clamp(min=-1e3).cumsum(-1)"),
+        ("offered = (s - b).cummax(-1).values", "offered = s - b"),
+        ("weights[..., 7, :] *= eps", "pass"),
+        ("    dm = dm - inner(dC, C_end) - inner(dn, n_end)\n", "    dm = dm - inner(dC, C_end)\n"),
+        ("-nq.sign() * (nq.abs() > gates.floor)", "-nq.sign()"),
+        ("before = to_end.cumsum(-1) - to_end", "before = to_end.cumsum(-1)"),
+        ("torch.ones(L, L, device=d_inside.device).triu_(1)", "torch.ones(L, L).triu_(0)"),
+        ("next_offer[:, 1:], (0, 0, 0, 1)", "next_offer[:, :-1], (0, 0, 1, 0)"),
+        ("dz.baddbmm_(y_end, ends)", "pass"),
+    ],
+    TORCH + "eager_slstm.py": [
+        ("states[0, 3].masked_fill_(states[0, 2] == 0, NEVER)", "pass"),
+        ("end[3] = torch.where(end[2] == 0, m_start.transpose(0, 1), end[3])", "pass"),
+        ("dh.masked_fill_(cleared[t], 0)", "pass"),
+        ("dh = torch.where(happens[t], dh, later)", "pass"),
+        ("last = (set_by_i * steps).amax(0)", "last = (set_by_i * steps).amin(0)"),
+    ],
+    LAYERS + "recurrent.py": [
+        ("x, mask, reset = _backwards(x, mask, reset)", "x = ops.flip(x, axis=1)"),
+        ("if 0 in h.shape[:2]:", "if False:"),
+        ("h = _hold_output(h, mask)", "pass"),
+    ],
+    LAYERS + "mlstm.py": [
+        ("self.norm(h)", "h"),
+        ("kops.sigmoid(self.output_gate(x))", "kops.tanh(self.output_gate(x))"),
+    ],
+    LAYERS + "mlstm_block.py": [
+        ("self.value(u)", "self.value(c)"),
+        ("* kops.silu(z)", "* z"),
+    ],
+    LAYERS + "slstm_block.py": [
+        ("self.cell_input(y)", "self.cell_input(c)"),
+        ("return x + self.ffn(self.ffn_norm(x))", "return x + self.ffn(x)"),
+    ],
+}  # fmt: skip
+
+
+def tests_of(path):
+    """The backend and the tests that judge a file."""
+    if path.startswith(LAYERS):
+        return "torch", OF_LAYERS
+    of_xla = path.endswith(("mlstm_chunks.py", "slstm_loop.py"))
+    return "jax" if of_xla else "torch", OF_OPS
+
+
+def main(names):
+    chosen = {
+        path: pairs
+        for path, pairs in MUTANTS.items()
+        if not names or any(name in path for name in names)
+    }
+    for path, pairs in chosen.items():
+        for old, _ in pairs:
+            assert (ROOT / path).read_text().count(old) == 1, f"{path}: not once: {old!r}"
+    counts = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "tree")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for path, pairs in chosen.items():
+            source = (copy / path).read_text()
+            for old, new in pairs:
+                (copy / path).write_text(source.replace(old, new))
+                killer = killed_by(copy, *tests_of(path))
+                counts["killed" if killer else "survived"] += 1
+                print(f"{killer or 'SURVIVED':60} {path}: {old!r} -> {new!r}", flush=True)
+            (copy / path).write_text(source)
+    print(f"{counts['killed']} of {counts.total()} killed")
+    return not counts["survived"]
+
+
+def killed_by(tree, backend, tests):
+    """The first test that fails, or `None`."""
+    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}" for name in tests]
+    environment = os.environ | QUIET | FAST | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+    # Before the installed package.
+    environment["PYTHONPATH"] = os.pathsep.join([str(tree), str(tree / "backends")])
+    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    assert run.returncode in (1, 2) and failed, run.stdout[-3000:] + run.stderr[-3000:]
+    return failed[0].split(" - ")[0].removeprefix("FAILED tests/")
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(sys.argv[1:]) else 1)
