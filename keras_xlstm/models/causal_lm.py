@@ -5,6 +5,7 @@ from keras_hub.models import CausalLM
 from keras_hub.samplers import SpeculativeSampler
 
 from keras_xlstm.converters import transformers
+from keras_xlstm.files import saving
 from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.layers.soft_cap import SoftCap
 from keras_xlstm.models.backbone import XLSTMBackbone
@@ -82,6 +83,11 @@ class XLSTMCausalLM(CausalLM):
             "sequential_blocks": self.backbone.stack.blocks,
         }
 
+    def save_to_preset(self, preset_dir, **kwargs):
+        """As in KerasHub, but all or nothing: an interrupted save leaves what stood there."""
+        with saving(preset_dir) as folder:
+            super().save_to_preset(folder, **kwargs)
+
     def export_to_transformers(self, path, weight_mode="single", max_shard_size=5):
         """Writes a folder that `transformers`' AutoModelForCausalLM and AutoTokenizer open.
 
@@ -96,16 +102,17 @@ class XLSTMCausalLM(CausalLM):
             max_shard_size: float, gigabytes a file.
         """
         tokenizer = getattr(self.preprocessor, "tokenizer", None)
-        transformers.save(
-            self.backbone,
-            path,
-            logit_soft_cap=self.logit_soft_cap,
-            tokenizer=tokenizer,
-            weight_mode=weight_mode,
-            max_shard_size=max_shard_size,
-        )
-        if tokenizer is not None:
-            tokenizer.export_to_transformers(path)
+        with saving(path) as folder:
+            transformers.save(
+                self.backbone,
+                folder,
+                logit_soft_cap=self.logit_soft_cap,
+                tokenizer=tokenizer,
+                weight_mode=weight_mode,
+                max_shard_size=max_shard_size,
+            )
+            if tokenizer is not None:
+                tokenizer.export_to_transformers(folder)
 
     def call_with_cache(self, token_ids, cache, padding_mask=None):
         """Goes on from a state: by any number of tokens, and as often as one likes.
