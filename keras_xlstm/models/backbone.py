@@ -1,3 +1,5 @@
+import threading
+
 import keras
 from keras import ops
 from keras_hub.models import Backbone
@@ -10,6 +12,10 @@ from keras_xlstm.layers.dense import TokenEmbedding
 from keras_xlstm.models.distribution import layout_map
 from keras_xlstm.ops import segment_starts
 from keras_xlstm.ops.checks import check_positive_int
+
+# Threads take turns: on JAX `predict` takes the numbers out of the variables while it runs, and
+# what torch traces for one model catches the layers that another thread calls, of any model.
+TURN = threading.RLock()
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -198,6 +204,16 @@ class XLSTMBackbone(Composite, Backbone):
         """As in KerasHub, but all or nothing: an interrupted save leaves what stood there."""
         with saving(preset_dir, self.variables) as folder:
             super().save_to_preset(folder, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict(*args, **kwargs)
+
+    def predict_on_batch(self, x):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict_on_batch(x)
 
     def load_weights(self, filepath, *args, **kwargs):
         """As in Keras, with errors that name the file."""

@@ -8,7 +8,7 @@ from keras_xlstm.converters import transformers
 from keras_xlstm.files import saving
 from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.layers.soft_cap import SoftCap
-from keras_xlstm.models.backbone import XLSTMBackbone
+from keras_xlstm.models.backbone import TURN, XLSTMBackbone
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
 from keras_xlstm.models.generation import EMPTY, Alignment, add_prompt, is_any
 from keras_xlstm.models.token_loss import TokenLoss
@@ -202,8 +202,25 @@ class XLSTMCausalLM(CausalLM):
             return logits
         return cross_entropy(logits, target_ids)
 
+    def predict(self, *args, **kwargs):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict(*args, **kwargs)
+
+    def predict_on_batch(self, x):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict_on_batch(x)
+
     def make_generate_function(self):
-        """The function that continues texts, compiled unless the model is to `run_eagerly`."""
+        """The function that continues texts, compiled unless the model is to `run_eagerly`.
+
+        Threads take turns.
+        """
+        with TURN:
+            return self._make_generate_function()
+
+    def _make_generate_function(self):
         if self.generate_function is None:
             # On a CPU Keras leaves TensorFlow's XLA out, which runs this loop three times as fast.
             before, self.jit_compile = self.jit_compile, not self.run_eagerly
@@ -214,7 +231,8 @@ class XLSTMCausalLM(CausalLM):
                 stop_token_ids = () if stop_token_ids is None else stop_token_ids
                 stop_token_ids = tuple(int(id) for id in stop_token_ids)
                 self._check_generation(stop_token_ids)
-                return generate_step(add_prompt(inputs), stop_token_ids or None)
+                with TURN:
+                    return generate_step(add_prompt(inputs), stop_token_ids or None)
 
             self.generate_function = generate
         return self.generate_function
