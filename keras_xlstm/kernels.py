@@ -26,6 +26,7 @@ What a kernel of each operation receives and returns stands in `keras_xlstm/ops`
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -50,6 +51,7 @@ _is_empty: dict[str, Callable] = {}  # op -> whether a call computes nothing
 _in_use: dict[str, str] = {}  # op -> name, where `use` has set one
 _observers: list[Callable] = []
 _loaded = False  # the kernels of other packages
+_loading = threading.RLock()
 
 
 def define(op, prepare, is_empty=None):
@@ -254,9 +256,12 @@ def _prepare_of(op):
 def _load_entry_points():
     global _loaded
     if not _loaded:
-        for entry_point in metadata.entry_points(group=ENTRY_POINTS, name=keras.backend.backend()):
-            entry_point.load()()
-        _loaded = True
+        with _loading:  # another thread may be at it
+            if not _loaded:
+                name = keras.backend.backend()
+                for entry_point in metadata.entry_points(group=ENTRY_POINTS, name=name):
+                    entry_point.load()()
+                _loaded = True
 
 
 # A framework that traces a function runs this, and does not trace it.

@@ -1,7 +1,15 @@
 """Around `fit`: documents packed into rows, and series longer than a gradient reaches."""
 
+import os
+
 import keras
 import numpy as np
+from keras import ops
+
+from keras_xlstm.files import saving_file
+
+if keras.backend.backend() == "torch":
+    import torch
 
 
 def pack(documents, sequence_length, pad_token_id=0):
@@ -143,3 +151,74 @@ class ResetStates(keras.callbacks.Callback):
                 layer.reset_state()
 
     on_epoch_begin = on_test_begin = on_predict_begin = _reset
+
+
+class BackupAndRestore(keras.callbacks.BackupAndRestore):
+    """Lets a training that was killed go on, to the same bits as if it had not been.
+
+    Keras' own keeps weights and the optimizer, in a file that a kill can cut off, and beside it
+    the epoch, which a kill can leave behind. This one also keeps the states of stateful layers and
+    of seed generators, so of dropout, and writes all of it in one file that is old or new.
+
+    An epoch that was not finished is trained again. What no callback can know is where the data
+    stand: pass `shuffle=False`, or data that depend on the epoch's number only. Nor does it keep
+    what other callbacks count, such as `ReduceLROnPlateau`.
+
+    Args:
+        backup_dir: string, a folder for this training alone.
+        delete_checkpoint: bool, whether the backup goes when the training is done.
+
+    Example:
+
+    ```python
+    model = keras.Sequential([keras.Input((5, 1)), keras_xlstm.layers.SLSTM(4)])
+    model.compile("adam", "mse")
+    backup = keras_xlstm.utils.BackupAndRestore("backup")
+    model.fit(np.ones((8, 5, 1)), np.ones((8, 4)), shuffle=False, callbacks=[backup])
+    ```
+    """
+
+    def __init__(self, backup_dir, delete_checkpoint=True):
+        super().__init__(backup_dir, delete_checkpoint=delete_checkpoint)
+        self.path = os.path.join(backup_dir, "backup.npz")
+
+    def _variables(self):
+        return [*self.model.variables, *self.model.optimizer.variables]
+
+    def on_train_begin(self, logs=None):
+        if not self.model.built:
+            raise ValueError(
+                "`BackupAndRestore` needs a model that is built. Received: one that is not. Call "
+                "it on a batch, or give it an `Input`."
+            )
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        if not os.path.exists(self.path):
+            return
+        variables = self._variables()
+        with np.load(self.path, allow_pickle=False) as backup:
+            values = [backup[name] for name in backup.files if name.isdigit()]
+            epoch, generator = int(backup["epoch"]), backup["generator"]
+        if [x.shape for x in values] != [tuple(v.shape) for v in variables]:
+            raise ValueError(
+                f"'{self.path}' must be a backup of this very model. Received: one of "
+                f"{len(values)} variables, for a model of {len(variables)}, or of other shapes. "
+                "Pass another `backup_dir`."
+            )
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(ops.cast(value, variable.dtype))
+        if keras.backend.backend() == "torch":
+            torch.set_rng_state(torch.from_numpy(generator))
+        self.model._initial_epoch = epoch
+
+    def _save_model(self):
+        os.makedirs(self.backup_dir, exist_ok=True)
+        values = {}
+        for i, v in enumerate(self._variables()):
+            is_half = keras.backend.standardize_dtype(v.dtype) == "bfloat16"  # not NumPy's
+            values[str(i)] = ops.convert_to_numpy(ops.cast(v, "float32") if is_half else v)
+        # There Keras draws the dropout of layers without a seed from a generator of the process.
+        is_torch = keras.backend.backend() == "torch"
+        generator = torch.get_rng_state().numpy() if is_torch else np.zeros(0, "uint8")
+        with saving_file(self.path) as path:
+            np.savez(path, epoch=self._current_epoch, generator=generator, **values)

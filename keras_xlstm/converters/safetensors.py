@@ -80,18 +80,14 @@ def read_header(path):
             header = json.loads(brace + f.read(max(data - 9, 0)), object_pairs_hook=_without_twins)
             header.pop("__metadata__", None)
             fields = {
-                key: (
-                    str(x["dtype"]),
-                    tuple(map(int, x["shape"])),
-                    tuple(map(int, x["data_offsets"])),
-                )
+                key: (str(x["dtype"]), _whole(x["shape"]), _whole(x["data_offsets"]))
                 for key, x in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(
                 f"{file} is not a safetensors file: its header is broken ({e})."
             ) from e
-    end = data + max((offsets[-1] for _, _, offsets in fields.values()), default=0)
+    end = data + max((max(offsets, default=0) for _, _, offsets in fields.values()), default=0)
     if end != size:
         state = "is cut off" if end > size else "has bytes that its header does not tell of"
         raise ValueError(
@@ -113,6 +109,12 @@ def read_header(path):
         tensors[key] = StoredTensor(path, key, DTYPES[dtype], shape, data + position)
         position += nbytes
     return tensors
+
+
+def _whole(numbers):
+    if not isinstance(numbers, list) or not all(type(x) is int for x in numbers):
+        raise ValueError(f"sizes must be lists of whole numbers, received {numbers}")
+    return tuple(numbers)
 
 
 def _without_twins(pairs):

@@ -3,6 +3,8 @@
 import json
 import os
 
+from keras_xlstm.files import saving
+
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -14,8 +16,17 @@ def tokenizer_config(path):
     Raises:
         ValueError: if it is not byte-level byte-pair encoding.
     """
-    with open(path, encoding="utf-8") as f:
-        content = json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return _config(json.load(f))
+    except (AttributeError, KeyError, TypeError) as e:
+        reason = f"{type(e).__name__} {e}"
+    except (RecursionError, ValueError) as e:
+        reason = str(e)
+    raise ValueError(f"{path} is not the file of a tokenizer that this can open: {reason}.")
+
+
+def _config(content):
     model = content.get("model") or {}
     pre_tokenizer = content.get("pre_tokenizer") or {}
     kinds = model.get("type", "BPE"), pre_tokenizer.get("type")
@@ -28,6 +39,8 @@ def tokenizer_config(path):
     added = [token["content"] for token in content.get("added_tokens") or ()]
     vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
     merges = [rule if isinstance(rule, str) else " ".join(rule) for rule in model["merges"]]
+    if not all(isinstance(x, int) for x in vocabulary.values()):
+        raise ValueError("each token must have a whole number as its id")
     return {
         "vocabulary": vocabulary,
         "merges": merges,
@@ -86,7 +99,7 @@ def save(tokenizer, folder):
         "pad_token": tokenizer.pad_token,
         "clean_up_tokenization_spaces": False,
     }
-    os.makedirs(folder, exist_ok=True)
-    for file, value in ((TOKENIZER_FILE, content), (TOKENIZER_CONFIG_FILE, config)):
-        with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=2, ensure_ascii=False)
+    with saving(folder) as new:
+        for file, value in ((TOKENIZER_FILE, content), (TOKENIZER_CONFIG_FILE, config)):
+            with open(os.path.join(new, file), "w", encoding="utf-8") as f:
+                json.dump(value, f, indent=2, ensure_ascii=False)

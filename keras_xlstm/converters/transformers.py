@@ -9,9 +9,11 @@ import numpy as np
 
 from keras_xlstm.converters import large, safetensors
 from keras_xlstm.converters.weights import check_room, equal, load, shards
+from keras_xlstm.files import saving
 
 CONFIG_FILE = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ENDING = ".safetensors"
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 BARE_EMBEDDING = "embeddings.weight"  # of an `xLSTMModel`, which has neither prefix nor head
 WEIGHT_MODES = ("single", "fused")
@@ -62,8 +64,10 @@ def open_tensors(get_file):
         raise ValueError(f"{INDEX} must hold a `weight_map` from key to file ({e!r}).") from e
     tensors, paths = {}, {}
     for file in dict.fromkeys(files.values()):
-        if not isinstance(file, str) or os.path.basename(file) != file:
-            raise ValueError(f"{INDEX} must name files of its own folder. Received: {file!r}.")
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(ENDING):
+            raise ValueError(
+                f"{INDEX} must name {ENDING} files of its own folder. Received: {file!r}."
+            )
         try:
             paths[file] = get_file(file)
         except FileNotFoundError as e:
@@ -146,9 +150,9 @@ def save(
         config["chunk_size"] = backbone.chunk_size
     # Also a tied head is written: `transformers` would draw a random one in its place.
     weights = large.table(backbone, EMBEDDING, fused=weight_mode == "fused")
-    os.makedirs(folder, exist_ok=True)
-    _write_json(folder, CONFIG_FILE, config)
-    write_shards(weights, dtype, folder, max_shard_size * GIGABYTE)
+    with saving(folder) as new:
+        _write_json(new, CONFIG_FILE, config)
+        write_shards(weights, dtype, new, max_shard_size * GIGABYTE)
 
 
 def write_shards(weights, dtype, folder, max_bytes):

@@ -10,6 +10,7 @@ import numpy as np
 from keras_xlstm.converters import large, original, safetensors
 from keras_xlstm.converters.transformers import GIGABYTE
 from keras_xlstm.converters.weights import as_array, check_room, equal, load, shards
+from keras_xlstm.files import finish, saving
 from keras_xlstm.layers import XLSTMBlockStack
 
 CONFIG_FILE, SINGLE, SHARD = "config.yaml", "model.safetensors", "model_{}.safetensors"
@@ -112,16 +113,16 @@ def to_xlstm(model, folder, slstm_layout="vanilla", max_shard_size=5, context_le
             config, weights = _original_model(backbone, cap, slstm_layout)
     if "slstm_at" in config:
         config["context_length"] = context_length
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as f:
-        yaml.safe_dump(config, f, sort_keys=False)
     dtype = np.dtype(model.dtype_policy.variable_dtype)
     lists = shards(weights, dtype, max_shard_size * GIGABYTE)
-    for n, part in enumerate(lists):
-        file = SINGLE if len(lists) == 1 else SHARD.format(n)
-        specs = {weight.key: (dtype, weight.shape) for weight in part}
-        arrays = (weight.value(dtype) for weight in part)
-        safetensors.write(os.path.join(folder, file), specs, arrays)
+    with saving(folder) as new:
+        with open(os.path.join(new, CONFIG_FILE), "w", encoding="utf-8") as f:
+            yaml.safe_dump(config, f, sort_keys=False)
+        for n, part in enumerate(lists):
+            file = SINGLE if len(lists) == 1 else SHARD.format(n)
+            specs = {weight.key: (dtype, weight.shape) for weight in part}
+            arrays = (weight.value(dtype) for weight in part)
+            safetensors.write(os.path.join(new, file), specs, arrays)
 
 
 def _original_model(backbone, cap, slstm_layout):
@@ -177,6 +178,7 @@ def _open(source, config):
 
 
 def _open_folder(folder):
+    finish(folder)
     single = os.path.join(folder, SINGLE)
     if os.path.exists(single):
         return safetensors.read_header(single)

@@ -1,14 +1,21 @@
+import threading
+
 import keras
 from keras import ops
 from keras_hub.models import Backbone
 
 from keras_xlstm.converters import transformers
+from keras_xlstm.files import saving, saving_file
 from keras_xlstm.layers import XLSTMBlockStack
 from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import TokenEmbedding
 from keras_xlstm.models.distribution import layout_map
 from keras_xlstm.ops import segment_starts
 from keras_xlstm.ops.checks import check_positive_int
+
+# Threads take turns: on JAX `predict` takes the numbers out of the variables while it runs, and
+# what torch traces for one model catches the layers that another thread calls, of any model.
+TURN = threading.RLock()
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -192,6 +199,38 @@ class XLSTMBackbone(Composite, Backbone):
         ```
         """
         return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
+
+    def save_to_preset(self, preset_dir, **kwargs):
+        """As in KerasHub, but all or nothing: an interrupted save leaves what stood there."""
+        with saving(preset_dir, self.variables) as folder:
+            super().save_to_preset(folder, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict(*args, **kwargs)
+
+    def predict_on_batch(self, x):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict_on_batch(x)
+
+    def load_weights(self, filepath, *args, **kwargs):
+        """As in Keras, with errors that name the file."""
+        try:
+            super().load_weights(filepath, *args, **kwargs)
+        except OSError as e:
+            raise OSError(e.errno, f"'{filepath}' cannot be read: {e}. Copy it again") from e
+        except (KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(
+                f"'{filepath}' must hold the weights of this very model, whole. Received: {e!r}. "
+                "Copy it again, or open the model that it belongs to by `from_preset`."
+            ) from e
+
+    def save_lora_weights(self, filepath):
+        """As in KerasHub, but all or nothing."""
+        with saving_file(filepath, self.trainable_variables) as path:
+            super().save_lora_weights(path)
 
     def export_to_transformers(self, path, **kwargs):
         """Writes a folder that `transformers.AutoModelForCausalLM` opens.

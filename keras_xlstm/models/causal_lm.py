@@ -5,9 +5,10 @@ from keras_hub.models import CausalLM
 from keras_hub.samplers import SpeculativeSampler
 
 from keras_xlstm.converters import transformers
+from keras_xlstm.files import saving
 from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.layers.soft_cap import SoftCap
-from keras_xlstm.models.backbone import XLSTMBackbone
+from keras_xlstm.models.backbone import TURN, XLSTMBackbone
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
 from keras_xlstm.models.generation import EMPTY, Alignment, add_prompt, is_any
 from keras_xlstm.models.token_loss import TokenLoss
@@ -82,6 +83,11 @@ class XLSTMCausalLM(CausalLM):
             "sequential_blocks": self.backbone.stack.blocks,
         }
 
+    def save_to_preset(self, preset_dir, **kwargs):
+        """As in KerasHub, but all or nothing: an interrupted save leaves what stood there."""
+        with saving(preset_dir) as folder:
+            super().save_to_preset(folder, **kwargs)
+
     def export_to_transformers(self, path, weight_mode="single", max_shard_size=5):
         """Writes a folder that `transformers`' AutoModelForCausalLM and AutoTokenizer open.
 
@@ -96,16 +102,17 @@ class XLSTMCausalLM(CausalLM):
             max_shard_size: float, gigabytes a file.
         """
         tokenizer = getattr(self.preprocessor, "tokenizer", None)
-        transformers.save(
-            self.backbone,
-            path,
-            logit_soft_cap=self.logit_soft_cap,
-            tokenizer=tokenizer,
-            weight_mode=weight_mode,
-            max_shard_size=max_shard_size,
-        )
-        if tokenizer is not None:
-            tokenizer.export_to_transformers(path)
+        with saving(path) as folder:
+            transformers.save(
+                self.backbone,
+                folder,
+                logit_soft_cap=self.logit_soft_cap,
+                tokenizer=tokenizer,
+                weight_mode=weight_mode,
+                max_shard_size=max_shard_size,
+            )
+            if tokenizer is not None:
+                tokenizer.export_to_transformers(folder)
 
     def call_with_cache(self, token_ids, cache, padding_mask=None):
         """Goes on from a state: by any number of tokens, and as often as one likes.
@@ -195,8 +202,25 @@ class XLSTMCausalLM(CausalLM):
             return logits
         return cross_entropy(logits, target_ids)
 
+    def predict(self, *args, **kwargs):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict(*args, **kwargs)
+
+    def predict_on_batch(self, x):
+        """As in Keras. Threads take turns."""
+        with TURN:
+            return super().predict_on_batch(x)
+
     def make_generate_function(self):
-        """The function that continues texts, compiled unless the model is to `run_eagerly`."""
+        """The function that continues texts, compiled unless the model is to `run_eagerly`.
+
+        Threads take turns.
+        """
+        with TURN:
+            return self._make_generate_function()
+
+    def _make_generate_function(self):
         if self.generate_function is None:
             # On a CPU Keras leaves TensorFlow's XLA out, which runs this loop three times as fast.
             before, self.jit_compile = self.jit_compile, not self.run_eagerly
@@ -207,7 +231,8 @@ class XLSTMCausalLM(CausalLM):
                 stop_token_ids = () if stop_token_ids is None else stop_token_ids
                 stop_token_ids = tuple(int(id) for id in stop_token_ids)
                 self._check_generation(stop_token_ids)
-                return generate_step(add_prompt(inputs), stop_token_ids or None)
+                with TURN:
+                    return generate_step(add_prompt(inputs), stop_token_ids or None)
 
             self.generate_function = generate
         return self.generate_function

@@ -1,6 +1,7 @@
 import keras
 from keras_hub.models import CausalLMPreprocessor
 
+from keras_xlstm.files import saving
 from keras_xlstm.models.backbone import XLSTMBackbone
 from keras_xlstm.models.tokenizer import XLSTMTokenizer
 
@@ -25,6 +26,11 @@ class XLSTMCausalLMPreprocessor(CausalLMPreprocessor):
 
     backbone_cls = XLSTMBackbone
     tokenizer_cls = XLSTMTokenizer
+
+    def save_to_preset(self, preset_dir):
+        """As in KerasHub, but all or nothing."""
+        with saving(preset_dir) as folder:
+            super().save_to_preset(folder)
 
     def export_to_transformers(self, path):
         """Writes the tokenizer for `transformers.AutoTokenizer`.

@@ -1,6 +1,7 @@
 """Opens checkpoints of `transformers` where KerasHub opens presets."""
 
 import functools
+import os
 
 from keras_hub.src.models import backbone, preprocessor, task
 from keras_hub.src.tokenizers import tokenizer as hub_tokenizer
@@ -8,6 +9,7 @@ from keras_hub.src.utils import preset_utils
 from keras_hub.src.utils.preset_utils import PresetLoader, get_file
 
 from keras_xlstm.converters import large, tokenizer, transformers
+from keras_xlstm.files import finish
 from keras_xlstm.models.backbone import XLSTMBackbone
 
 MODEL_TYPE = "xlstm"
@@ -60,6 +62,8 @@ def register():
 
     @functools.wraps(known)
     def get_preset_loader(preset):
+        if os.path.isdir(preset):
+            finish(preset)
         if preset_utils.check_file_exists(preset, transformers.CONFIG_FILE):
             try:
                 config = preset_utils.load_json(preset, transformers.CONFIG_FILE)

@@ -3,6 +3,7 @@ from keras_hub.tokenizers import BytePairTokenizer
 from tokenizers import pre_tokenizers
 
 from keras_xlstm.converters import tokenizer as converter
+from keras_xlstm.files import saving
 from keras_xlstm.models.backbone import XLSTMBackbone
 
 END, PADDING = "<|endoftext|>", "<|padding|>"
@@ -42,6 +43,11 @@ class XLSTMTokenizer(BytePairTokenizer):
         tokens = [END, PADDING, *byte_symbols()]
         return cls({token: id for id, token in enumerate(tokens)}, NO_MERGES, **kwargs)
 
+    def save_to_preset(self, preset_dir):
+        """As in KerasHub, but all or nothing."""
+        with saving(preset_dir) as folder:
+            super().save_to_preset(folder)
+
     def export_to_transformers(self, path):
         """Writes `tokenizer.json` and `tokenizer_config.json` for `transformers.AutoTokenizer`.
 
@@ -50,10 +56,26 @@ class XLSTMTokenizer(BytePairTokenizer):
         """
         converter.save(self, path)
 
+    def load_assets(self, dir_path):
+        try:
+            super().load_assets(dir_path)
+        except Exception as e:  # `tokenizers` raises this very class
+            raise ValueError(
+                f"'{dir_path}' must hold vocabulary.json, a dict from token to id, and merges.txt, "
+                f"a rule a line, of one tokenizer. Received: {e!r}. Copy or download them again."
+            ) from e
+
     def set_vocabulary_and_merges(self, vocabulary, merges):
         if isinstance(merges, list) and not merges:
             merges = NO_MERGES
         super().set_vocabulary_and_merges(vocabulary, merges)
+        ids = list((self.vocabulary or {}).values())
+        if len(set(ids)) < len(ids) or not all(type(id) is int and id >= 0 for id in ids):
+            bad = next(x for x in ids if type(x) is not int or x < 0 or ids.count(x) > 1)
+            raise ValueError(
+                "`vocabulary` must give each token a number of its own, 0 or more. "
+                f"Received: the id {bad!r}{f' {ids.count(bad)} times' * (ids.count(bad) > 1)}."
+            )
         if self.vocabulary and PADDING in self.vocabulary and self.pad_token != PADDING:
             # Only now is it known that there is one: it must not be split either.
             self.pad_token = PADDING
