@@ -56,28 +56,35 @@ def by_batch_and_head(function, inputs, outputs, on_tpu=False):
 def over_mesh(function, inputs, outputs):
     """`function` along the mesh of `keras.distribution`, where one is set and divides the sizes.
 
-    "B" along its axis for batches, "NH" along the others, which share out a model.
+    "B" along its axis for batches, "NH" along the others, which share out a model. Inside a
+    `shard_map` over some axes of that mesh, as of split sequences, those are taken already.
     """
 
     def call(*arrays):
         distribution = keras.distribution.distribution()
-        by_hand = jax.sharding.get_abstract_mesh().manual_axes
-        if distribution is None or distribution.device_mesh is None or by_hand:
+        if distribution is None or distribution.device_mesh is None:
             return tuple(function(*arrays))
         mesh = distribution.device_mesh
         sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+        around = jax.sharding.get_abstract_mesh()  # of a `shard_map` that this is called in
+        by_hand = set(around.manual_axes)
+        if by_hand and not by_hand < set(sizes):
+            return tuple(function(*arrays))
         lengths = {}
         for axes, x in zip(inputs, arrays, strict=True):
             lengths.update(zip(axes, x.shape, strict=True))
         chosen = {}
         for name, size in sizes.items():
+            if name in by_hand:
+                continue
             axis = "B" if name == distribution.batch_dim_name else "NH"
             if axis not in chosen and lengths[axis] % size == 0:
                 chosen[axis] = name
         specs = [PartitionSpec(*(chosen.get(name) for name in axes)) for axes in inputs + outputs]
         return jax.shard_map(
             lambda *arrays: tuple(function(*arrays)),
-            mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)),
+            mesh=around if by_hand else AbstractMesh(tuple(sizes.values()), tuple(sizes)),
+            axis_names=set(sizes) - by_hand,
             in_specs=tuple(specs[: len(inputs)]),
             out_specs=tuple(specs[len(inputs) :]),
             check_vma=False,
