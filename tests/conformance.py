@@ -202,18 +202,18 @@ class Truth:
 
         self.reference, self.exact, self.inexact = reference, exact, inexact
 
+    def loss(self, *inputs):
+        outputs = self.reference(*inputs)
+        return sum(np.sum(w * y) for w, y in zip(self.weights, outputs, strict=True))
+
     @functools.cached_property
     def derivatives(self):
-        def loss(*x):
-            outputs = self.reference(*x)
-            return sum(np.sum(w * y) for w, y in zip(self.weights, outputs, strict=True))
-
         def of(inputs, j):
             still = [np.zeros_like(x) for x in inputs]
             moves = [
                 [*still[:j], d.astype(still[j].dtype), *still[j + 1 :]] for d in self.directions[j]
             ]
-            return np.array([oracle.directional(loss, inputs, move) for move in moves])
+            return np.array([oracle.directional(self.loss, inputs, move) for move in moves])
 
         numbers = range(len(self.exact))
         return [self.around(of(self.exact, j), of(self.inexact, j)) for j in numbers]

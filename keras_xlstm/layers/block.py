@@ -1,7 +1,5 @@
 """What all blocks share: residual branches over (B, S, D) with a state to go on from."""
 
-import functools
-
 from keras import ops
 from keras.src import backend
 
@@ -48,19 +46,6 @@ class Block(Composite):
             )
         y, state = self.mix(x, list(initial_state), mask=mask, reset=reset)
         return (y, state) if return_state else y
-
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        """Under `keras.RematScope`, which would trace flags, and `return_state` decides."""
-        if self._remat_mode is None:
-            return layer_call
-
-        def call(*args, **kwargs):
-            flags = {name: x for name, x in kwargs.items() if isinstance(x, bool)}
-            tensors = {name: x for name, x in kwargs.items() if name not in flags}
-            inner = functools.partial(layer_call, **flags)
-            return super(Block, self).rematerialized_call(inner)(*args, **tensors)
-
-        return call
 
     @property
     def state_names(self):

@@ -51,6 +51,8 @@ class XLSTMBlockStack(Composite):
     ```
     """
 
+    is_recomputed_in_parts = True
+
     def __init__(
         self,
         num_blocks,

@@ -1,8 +1,15 @@
 import keras
+from keras import tree
 
 
 class Composite(keras.layers.Layer):
-    """A layer made of layers. Its config says which of those are quantized, and how."""
+    """A layer made of layers.
+
+    Its config says which of those are quantized, and how. Under `keras.RematScope` it is computed
+    again as one, unless it `is_recomputed_in_parts`.
+    """
+
+    is_recomputed_in_parts = False
 
     def get_config(self):
         config, default = super().get_config(), self.dtype_policy
@@ -12,3 +19,31 @@ class Composite(keras.layers.Layer):
             policies = keras.dtype_policies.DTypePolicyMap(default.name, policies)
             config["dtype"] = keras.dtype_policies.serialize(policies)
         return config
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """As in Keras, of a function of float tensors: frameworks trace flags, or refuse."""
+        mode = self._remat_mode and self._remat_mode.mode
+        if mode is None or (mode == "full" and self.is_recomputed_in_parts):
+            return layer_call
+        if mode == "full":  # nothing in it twice
+            for layer in self._flatten_layers(include_self=False):
+                layer._remat_mode = None
+        rematerialized = super().rematerialized_call
+
+        def call(*args, **kwargs):
+            leaves = tree.flatten((args, kwargs))
+            places = [i for i, x in enumerate(leaves) if _has_gradient(x)]
+
+            def function(*tensors):
+                given = dict(zip(places, tensors, strict=True))
+                found = [given.get(i, x) for i, x in enumerate(leaves)]
+                args_, kwargs_ = tree.pack_sequence_as((args, kwargs), found)
+                return layer_call(*args_, **kwargs_)
+
+            return rematerialized(function, *args, **kwargs)(*(leaves[i] for i in places))
+
+        return call
+
+
+def _has_gradient(x):
+    return keras.ops.is_tensor(x) and keras.backend.is_float_dtype(x.dtype)

@@ -62,6 +62,9 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
             inputs, keras.ops.transpose(self.embeddings) if tied else self.reverse_embeddings
         )
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call  # a look-up keeps nothing
+
     # Weights only: rounded inputs of the way back would let no gradient through to adapters.
 
     def _int8_build(self, embeddings_shape, config=None):

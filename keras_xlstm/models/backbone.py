@@ -59,6 +59,8 @@ class XLSTMBackbone(Composite, Backbone):
     ```
     """
 
+    is_recomputed_in_parts = True
+
     def __init__(
         self,
         vocabulary_size,

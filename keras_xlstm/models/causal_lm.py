@@ -57,6 +57,10 @@ class XLSTMCausalLM(CausalLM):
     def compile(self, optimizer="auto", loss="auto", **kwargs):
         super().compile(optimizer, TokenLoss() if loss == "auto" else loss, **kwargs)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope("full")` the blocks of the backbone are computed again."""
+        return layer_call
+
     def get_config(self):
         return super().get_config() | {"logit_soft_cap": self.logit_soft_cap}
 
