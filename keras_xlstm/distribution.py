@@ -52,6 +52,11 @@ class SequenceParallel(keras.distribution.ModelParallel):
                     "`batch_dim_name` and `sequence_dim_name` must be axes of the mesh, which has "
                     f"{names}. Received: {name!r}."
                 )
+        if batch_dim_name == sequence_dim_name:
+            raise ValueError(
+                "`batch_dim_name` and `sequence_dim_name` must differ: an axis splits one of them. "
+                f"Received: {batch_dim_name!r} for both."
+            )
 
     @property
     def sequence_shards(self):

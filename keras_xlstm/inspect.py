@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_xlstm import kernels
 from keras_xlstm.layers import MLSTM, SLSTM, MLSTMBlock, SLSTMBlock
+from keras_xlstm.ops.checks import repr
 from keras_xlstm.ops.mlstm import NEVER
 
 _WATCHED = (MLSTM, SLSTM, MLSTMBlock, SLSTMBlock)
@@ -73,7 +74,7 @@ class Trace:
         ```
         """
         S = self.happens.shape[1]
-        steps = np.arange(S) if steps is None else np.arange(S)[np.array(steps, "int64", ndmin=1)]
+        steps = np.arange(S) if steps is None else np.arange(S)[_steps(steps, S)]
         if self.kind == "slstm":
             return tuple(x[:, steps] for x in self._inputs)
         k, v, state = self._inputs
@@ -117,6 +118,8 @@ def trace(layer, inputs, **kwargs):
     keras_xlstm.inspect.effective_rank(C)  # (1, 2, 2)
     ```
     """
+    if not isinstance(layer, keras.layers.Layer):
+        raise ValueError(f"`layer` must be a model or a layer. Received: {layer!r}.")
     if not layer.built:
         layer(inputs, **kwargs)
     calls, traces = [], []
@@ -177,7 +180,7 @@ def half_life(log_f, axis=None):
     keras_xlstm.inspect.half_life(np.log([[0.9, 0.99]]), axis=0)  # [6.6, 69.0]
     ```
     """
-    log_f = np.asarray(log_f, "float64")
+    log_f = _array("log_f", log_f, 0)
     counts = np.isfinite(log_f)
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.where(counts, log_f, 0).sum(axis) / counts.sum(axis)
@@ -208,11 +211,33 @@ def effective_rank(matrices):
     keras_xlstm.inspect.effective_rank(np.ones((5, 4, 3)))  # [1. 1. 1. 1. 1.]
     ```
     """
-    sizes = np.linalg.svd(np.asarray(matrices, "float64"), compute_uv=False)
+    sizes = np.linalg.svd(_array("matrices", matrices, 2, finite=True), compute_uv=False)
     total = sizes.sum(axis=-1, keepdims=True)
     p = sizes / np.where(total == 0, 1, total)
     entropy = -(p * np.log(np.where(p == 0, 1, p))).sum(axis=-1)
     return np.where(total[..., 0] == 0, 0, np.exp(entropy))
+
+
+def _array(name, x, min_ndim, finite=False):
+    try:
+        array = np.asarray(x, "float64")
+    except (TypeError, ValueError):
+        array = None
+    if x is None or array is None or array.ndim < min_ndim:
+        axes = f" with at least {min_ndim} axes" if min_ndim else ""
+        raise ValueError(f"`{name}` must be an array of numbers{axes}. Received: {repr(x)}.")
+    if finite and not np.isfinite(array).all():
+        raise ValueError(f"`{name}` must be finite. Received: NaN or infinity among them.")
+    return array
+
+
+def _steps(steps, S):
+    indices = np.array(steps, ndmin=1)
+    if indices.size and indices.dtype.kind not in "iu":
+        raise ValueError(f"`steps` must be integers, or None for all. Received: {repr(steps)}.")
+    if indices.size and not (indices.min() >= -S and indices.max() < S):
+        raise IndexError(f"`steps` must lie in [-{S}, {S - 1}]. Received: {repr(steps)}.")
+    return indices.astype("int64")
 
 
 def _trace_mlstm(name, q, k, v, i, log_f, s, state):

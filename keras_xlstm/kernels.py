@@ -26,6 +26,7 @@ What a kernel of each operation receives and returns stands in `keras_xlstm/ops`
 from __future__ import annotations
 
 import contextlib
+import numbers
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,15 @@ def register(name, kernel, why_not=None, *, op="mlstm", priority=0, how=None):
             below, the single step at 100.
         how: callable with the arguments of `why_not`. Returns what the kernel chooses for the
             call, such as "in chunks of 64 steps", for `explain`.
+
+    Raises:
+        ValueError: if the name is no other string than `"auto"`, or what is to be called cannot be.
     """
+    if not isinstance(name, str) or name in ("", "auto"):
+        raise ValueError(f"`name` must be a string, and not 'auto'. Received: name={name!r}.")
+    _check_callable(kernel=kernel, why_not=why_not or _nothing, how=how or _nothing)
+    if not isinstance(priority, numbers.Real):
+        raise ValueError(f"`priority` must be a number. Received: priority={priority!r}.")
     _kernels_of(op, load=False)[name] = Kernel(
         name, kernel, why_not or _nothing, how or _nothing, priority
     )
@@ -115,9 +124,7 @@ def explain(*args, op="mlstm", kernel="auto", **kwargs):
     ```
     """
     call_args, call_kwargs = _prepare_of(op)(*args, **kwargs)
-    forced, chosen, lines = _forced(op, kernel), None, []
-    if forced:
-        _named(op, forced)
+    forced, chosen, lines = check_name(op, kernel), None, []
     is_empty = _is_empty[op](*call_args, **call_kwargs)
     for candidate in _best_first(op):
         objection = None if is_empty else candidate.why_not(*call_args, **call_kwargs)
@@ -165,6 +172,7 @@ class use:
 
     def __init__(self, name, op="mlstm"):
         self.op, self.before = op, _in_use.get(op, "auto")
+        _kernels_of(op)
         _in_use[op] = name if name == "auto" else _named(op, name).name
 
     def __enter__(self):
@@ -191,6 +199,7 @@ def observe(observer):
         model(x)
     ```
     """
+    _check_callable(observer=observer)
     _observers.append(observer)
     try:
         yield
@@ -206,29 +215,36 @@ def choose(op, kernel, args, kwargs):
     """
     if _is_empty[op](*args, **kwargs):
         return None
-    for observer in _observers:
-        observer(op, args)
-    forced = _forced(op, kernel)
+    forced = check_name(op, kernel)
     candidates = [_named(op, forced)] if forced else _best_first(op)
     objections = []
     for candidate in candidates:
         objection = candidate.why_not(*args, **kwargs)
         if objection is None:
+            for observer in _observers:
+                observer(op, args)
             return candidate
         objections.append(f"`{candidate.name}` {objection}")
-    asked = f"kernel={forced!r} was asked for" if forced else "every kernel was asked"
-    way_out = 'Pass kernel="auto" to let another serve it. ' if forced else ""
-    raise ValueError(f"No kernel can serve this {op} call; {asked}. {way_out}{objections}")
+    asked = f"`kernel={forced!r}` was asked for" if forced else "every kernel was asked"
+    way_out = ' Pass kernel="auto" to let another serve it.' if forced else ""
+    raise ValueError(
+        f"No kernel can serve this {op} call; {asked}: {', '.join(objections)}.{way_out}"
+    )
 
 
-def _forced(op, kernel):
+def check_name(op, kernel):
+    """The name of the kernel that is forced by `kernel` or `use`, or `None`.
+
+    Raises:
+        ValueError: if there is no such kernel.
+    """
     name = _in_use.get(op, "auto") if kernel in (None, "auto") else kernel
-    return None if name == "auto" else name
+    return None if name == "auto" else _named(op, name).name
 
 
 def _named(op, name):
     kernels = _kernels_of(op)
-    if name not in kernels:
+    if not isinstance(name, str) or name not in kernels:
         raise ValueError(
             f"`kernel` must be 'auto' or name a kernel of {op} that is registered for the "
             f"{keras.backend.backend()} backend: {available(op)}. Received: kernel={name!r}."
@@ -243,7 +259,7 @@ def _best_first(op):
 def _kernels_of(op, load=True):
     if load:
         _load_entry_points()
-    if op not in _kernels:
+    if not isinstance(op, str) or op not in _kernels:
         raise ValueError(f"`op` must be one of {sorted(_kernels)}. Received: op={op!r}.")
     return _kernels[op]
 
@@ -273,6 +289,12 @@ elif keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
     _load_entry_points = tf.autograph.experimental.do_not_convert(_load_entry_points)
+
+
+def _check_callable(**named):
+    for name, value in named.items():
+        if not callable(value):
+            raise ValueError(f"`{name}` must be a function. Received: {name}={value!r}.")
 
 
 def _nothing(*args, **kwargs):

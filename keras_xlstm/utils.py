@@ -11,6 +11,8 @@ from keras_xlstm.files import saving_file
 if keras.backend.backend() == "torch":
     import torch
 
+from keras_xlstm.ops.checks import check_ids, check_positive_int, repr
+
 
 def pack(documents, sequence_length, pad_token_id=0):
     """Puts documents of different lengths into rows, for a language model with `packed=True`.
@@ -37,9 +39,9 @@ def pack(documents, sequence_length, pad_token_id=0):
     lm.fit(*keras_xlstm.utils.pack([[5, 6, 7], [8, 9], [10, 11, 12, 13]], sequence_length=6))
     ```
     """
-    S = sequence_length
-    if S < 1:
-        raise ValueError(f"`sequence_length` must be at least 1. Received: {sequence_length}.")
+    check_positive_int(sequence_length=sequence_length)
+    check_ids("pad_token_id", [pad_token_id], ndim=1)
+    S, documents = sequence_length, _arrays(documents)
     # A piece of n + 1 tokens takes n steps: each predicts the token behind it.
     pieces = [
         document[start : start + S + 1]
@@ -59,6 +61,16 @@ def pack(documents, sequence_length, pad_token_id=0):
             x["padding_mask"][row, steps], x["segment_ids"][row, steps] = 1, number
             start = steps.stop
     return x, y, x["padding_mask"]
+
+
+def _arrays(documents):
+    """Each as an array of token ids."""
+    if not isinstance(documents, (list, tuple)):
+        raise ValueError(
+            "`documents` must be a list of lists of token ids. "
+            f"Received: {type(documents).__name__}."
+        )
+    return [check_ids(f"documents[{n}]", x, ndim=1) for n, x in enumerate(documents)]
 
 
 def _first_fit(sizes, space):
@@ -110,6 +122,10 @@ class StreamDataset(keras.utils.PyDataset):
 
     def __init__(self, x, y, batch_size, window, **kwargs):
         super().__init__(**kwargs)
+        check_positive_int(batch_size=batch_size, window=window)
+        for name, z in (("x", x), ("y", y)):
+            if np.ndim(z) == 0:
+                raise ValueError(f"`{name}` must be an array, a step a row. Received: {repr(z)}.")
         if len(x) != len(y):
             raise ValueError(
                 f"`x` and `y` must have a row a step each. Received: {len(x)} and {len(y)} rows."

@@ -318,9 +318,12 @@ def test_a_stack_is_its_blocks_and_its_norm():
     "options, message",
     [
         (dict(num_blocks=0), "`num_blocks` must be a positive integer"),
-        (dict(num_blocks=2, slstm_at=[2]), r"`slstm_at` must hold.*slstm_at=\[2\], num_blocks=2"),
-        (dict(num_blocks=2, slstm_at=[-1]), "`slstm_at` must hold"),
-        (dict(num_blocks=2, slstm_at=[1, 1]), "`slstm_at` must hold"),
+        (
+            dict(num_blocks=2, slstm_at=[2]),
+            r"`slstm_at` must be a list.*=\[2\], num_blocks=2",
+        ),
+        (dict(num_blocks=2, slstm_at=[-1]), "`slstm_at` must be a list"),
+        (dict(num_blocks=2, slstm_at=[1, 1]), "`slstm_at` must be a list"),
         (dict(num_blocks=2, block_style="small"), "`block_style` must be one of .*'small'"),
         (dict(num_blocks=2, num_heads=0), "`num_heads` must be a positive integer"),
     ],
@@ -348,7 +351,7 @@ def test_blocks_that_cannot_be():
 
 def test_states_that_cannot_be():
     stack, x = new("stack"), random(B, S, D)
-    with pytest.raises(ValueError, match="`initial_state` must hold one list .* 1 of them for 2"):
+    with pytest.raises(ValueError, match="`initial_state` must be a list .* 1 of them, for 2"):
         stack(x, initial_state=stack.get_initial_state(B)[:1])
     for kind in BLOCKS:
         block = new(kind)

@@ -691,7 +691,12 @@ def test_tokenizer_comes_with_the_model(tmp_path):
         expected = original.encode(text).ids
         assert np.asarray(tokenizer(text)).tolist() == expected, text
         assert back.encode(text).ids == expected, text
-    lm = XLSTMCausalLM.from_preset(str(tmp_path))
+    with pytest.raises(ValueError, match="no ids beyond .* 264 tokens, vocabulary_size=13"):
+        XLSTMCausalLM.from_preset(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config["vocab_size"] = tokenizer.vocabulary_size()
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    lm = XLSTMCausalLM.from_preset(str(tmp_path), load_weights=False)
     assert type(lm.preprocessor) is XLSTMCausalLMPreprocessor
     assert np.asarray(lm.preprocessor.generate_preprocess(["any"])["token_ids"])[0, 0] == 0
 

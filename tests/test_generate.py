@@ -259,7 +259,7 @@ def test_prompts_must_stand_at_the_left():
             generate(model, inputs)
     with pytest.raises(ValueError, match=r"shape \(batch, length\).*\(3, 4\).*\(3, 3\)"):
         generate(model, {"token_ids": tokens, "padding_mask": np.ones((3, 3))})
-    with pytest.raises(ValueError, match=r"shape \(batch, length\)"):
+    with pytest.raises(ValueError, match="`token_ids` must have 2 axes"):
         generate(model, {"token_ids": tokens[0], "padding_mask": np.ones(4)})
 
 
@@ -280,7 +280,7 @@ def test_samplers_that_cannot_serve_say_why():
     beams = keras_hub.samplers.BeamSampler(return_all_beams=True)
     with pytest.raises(ValueError, match="return_all_beams=False"):
         generate(new_generator(beams), inputs)
-    with pytest.raises(ValueError, match=r"`stop_token_ids` must be ids.*0 to 257.*\[258\]"):
+    with pytest.raises(ValueError, match=r"`stop_token_ids` must be .*0 to 257.*258\)"):
         generate(generator("greedy"), inputs, (0, 258))
 
 

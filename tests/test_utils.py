@@ -34,7 +34,7 @@ def test_pack_keeps_every_pair_of_tokens():
         same = (ids[row, 1:] == ids[row, :-1]) & mask[row, 1:]
         np.testing.assert_array_equal(y[row, :-1][same], token_ids[row, 1:][same])
     assert [len(pack(d, 5)[1]) for d in ([], [[1]], [[1, 2]] * 5, [[1, 2]] * 6)] == [0, 0, 1, 2]
-    with pytest.raises(ValueError, match="at least 1. Received: 0"):
+    with pytest.raises(ValueError, match="`sequence_length` must be a positive integer"):
         pack(DOCUMENTS, 0)
 
 

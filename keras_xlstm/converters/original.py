@@ -246,6 +246,7 @@ def state_to_ours(stack, state):
     """
     ours = []
     for i, block in enumerate(stack.blocks):
+        _check_theirs(state, i, block, i in stack.slstm_at)
         theirs = {
             name: list(map(as_array, x)) for name, x in state[f"block_{i}"].items() if x is not None
         }
@@ -258,6 +259,19 @@ def state_to_ours(stack, state):
             h = [C * DH**0.5, n.reshape(-1, NH, DH) * DH**0.5, m.reshape(-1, NH)]
         ours.append([*conv, *h])
     return ours
+
+
+def _check_theirs(state, i, block, is_slstm):
+    wanted = {"conv_state": 1} if block.conv_kernel_size else {}
+    wanted |= {"slstm_state": 4} if is_slstm else {"mlstm_state": 3}
+    entry = state.get(f"block_{i}") if isinstance(state, dict) else None
+    entry = entry if isinstance(entry, dict) else {}
+    counts = {name: len(x) for name, x in entry.items() if x is not None}
+    if any(counts.get(name) != count for name, count in wanted.items()):
+        raise ValueError(
+            f"`state` must be what `xLSTMBlockStack.step` returned, with {wanted} tensors in "
+            f"'block_{i}'. Received: {counts}."
+        )
 
 
 def state_to_theirs(stack, state):

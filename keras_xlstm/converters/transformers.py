@@ -10,6 +10,7 @@ import numpy as np
 from keras_xlstm.converters import large, safetensors
 from keras_xlstm.converters.weights import check_room, equal, load, shards
 from keras_xlstm.files import saving
+from keras_xlstm.ops.checks import check_positive
 
 CONFIG_FILE = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -120,6 +121,8 @@ def save(
         weight_mode: `"single"`, or `"fused"` for one matrix where several read the same input.
         max_shard_size: float, gigabytes a file.
     """
+    check_positive(max_shard_size=max_shard_size)
+    _weight_mode(weight_mode)
     config = large.their_config(backbone, logit_soft_cap, large.TRANSFORMERS)
     for name in ("gate_soft_cap", large.LOGIT_SOFT_CAP[0]):
         if config[name] is None:
@@ -143,7 +146,7 @@ def save(
         "num_blocks": backbone.num_layers,
         "embedding_dim": backbone.hidden_dim,
         "tie_word_embeddings": backbone.tie_embeddings,
-        "weight_mode": _weight_mode(weight_mode),
+        "weight_mode": weight_mode,
         "dtype": dtype.name,
     }
     if backbone.chunk_size is not None:

@@ -12,6 +12,7 @@ from keras_xlstm.converters.transformers import GIGABYTE
 from keras_xlstm.converters.weights import as_array, check_room, equal, load, shards
 from keras_xlstm.files import finish, saving
 from keras_xlstm.layers import XLSTMBlockStack
+from keras_xlstm.ops.checks import check_positive, check_positive_int
 
 CONFIG_FILE, SINGLE, SHARD = "config.yaml", "model.safetensors", "model_{}.safetensors"
 LARGE_EMBEDDING = "embedding.weight"
@@ -87,7 +88,9 @@ def to_xlstm(model, folder, slstm_layout="vanilla", max_shard_size=5, context_le
     """
     import yaml
 
-    if slstm_layout not in original.SLSTM_LAYOUTS:
+    check_positive(max_shard_size=max_shard_size)
+    check_positive_int(context_length=context_length)
+    if slstm_layout not in tuple(original.SLSTM_LAYOUTS):
         raise ValueError(
             f"`slstm_layout` must be one of {tuple(original.SLSTM_LAYOUTS)}. "
             f"Received: {slstm_layout!r}."
@@ -99,12 +102,20 @@ def to_xlstm(model, folder, slstm_layout="vanilla", max_shard_size=5, context_le
                 f"block_style={model.block_style!r}. Pass the language model around it."
             )
         if not model.built:
-            raise ValueError("The stack has no weights yet. Call it on an input, then convert it.")
+            raise ValueError(
+                "`model` must have its weights: call it on an input, then convert it. Received: "
+                "a stack that is not built."
+            )
         width = model.norm.gamma.shape[0]
         config = original.their_config(model, width, slstm_layout)
         weights = original.table(model, slstm_layout)
     else:
         backbone = getattr(model, "backbone", model)
+        if not hasattr(backbone, "token_embedding"):
+            raise ValueError(
+                "`model` must be an `XLSTMCausalLM`, `XLSTMBackbone` or `XLSTMBlockStack`. "
+                f"Received: {type(model).__name__}."
+            )
         cap = getattr(model, "logit_soft_cap", large.LOGIT_SOFT_CAP[1])
         if backbone.block_style == "large":
             config = large.their_config(backbone, cap, large.XLSTM_LARGE)
@@ -148,14 +159,28 @@ def state_from_xlstm(stack, state):
 
     Returns:
         What `stack(x, initial_state=...)` takes; of a language model, what `call_with_cache` takes.
+
+    Raises:
+        ValueError: if it is not the state of such a stack.
     """
+    _check_stack(stack)
     ours = original.state_to_ours(stack, state)
     return [[keras.ops.convert_to_tensor(x, "float32") for x in tensors] for tensors in ours]
 
 
 def state_to_xlstm(stack, state):
     """The reverse of `state_from_xlstm`, in NumPy arrays."""
+    _check_stack(stack)
+    stack.check(None, state, "state")
     return original.state_to_theirs(stack, state)
+
+
+def _check_stack(stack):
+    if not isinstance(stack, XLSTMBlockStack) or stack.block_style != "original":
+        raise ValueError(
+            "`stack` must be an `XLSTMBlockStack` of original blocks: of a language model pass "
+            f"`lm.backbone.stack`. Received: {type(stack).__name__}."
+        )
 
 
 def _open(source, config):

@@ -1,13 +1,12 @@
 import keras
-from keras import ops
 from keras.src import backend
 
-from keras_xlstm.layers.composite import Composite
+from keras_xlstm.layers.composite import Composite, features_spec
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
 from keras_xlstm.layers.mlstm_block import MLSTMBlock
 from keras_xlstm.layers.slstm_block import SLSTMBlock
 from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
-from keras_xlstm.ops.checks import check_positive_int
+from keras_xlstm.ops.checks import as_flags, check_positive_int, check_shapes, is_int, repr
 
 BLOCK_STYLES = ("original", "large")
 
@@ -79,12 +78,13 @@ class XLSTMBlockStack(Composite):
             raise ValueError(
                 f"`block_style` must be one of {BLOCK_STYLES}. Received: {block_style!r}."
             )
-        slstm_at = sorted(slstm_at)
-        if len(set(slstm_at)) < len(slstm_at) or not set(slstm_at) <= set(range(num_blocks)):
-            raise ValueError(
-                "`slstm_at` must hold different indices of blocks, from 0 to num_blocks - 1. "
-                f"Received: slstm_at={slstm_at}, num_blocks={num_blocks}."
-            )
+        slstm_at = check_slstm_at(slstm_at, num_blocks)
+        for name, value in dict(mlstm_block=mlstm_block, slstm_block=slstm_block).items():
+            if not isinstance(value or {}, dict) or (value and block_style != "original"):
+                raise ValueError(
+                    f"`{name}` must be a dict of arguments of original blocks, or None. "
+                    f"Received: {name}={repr(value)}, block_style={block_style!r}."
+                )
         self.num_blocks, self.num_heads, self.slstm_at = num_blocks, num_heads, slstm_at
         self.block_style, self.norm_epsilon = block_style, norm_epsilon
         self.conv_kernel_size = conv_kernel_size
@@ -94,6 +94,7 @@ class XLSTMBlockStack(Composite):
         self.gate_soft_cap, self.denominator_epsilon = gate_soft_cap, denominator_epsilon
         self.chunk_size, self.kernel = chunk_size, kernel
         self.supports_masking = True
+        self.input_spec = keras.layers.InputSpec(ndim=3)
         self.blocks = [self._block(index) for index in range(num_blocks)]
         norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm")
         self.norm = (
@@ -132,6 +133,7 @@ class XLSTMBlockStack(Composite):
         return MLSTMBlock(**common | mlstm | self.mlstm_block)
 
     def build(self, input_shape):
+        self.input_spec = features_spec(input_shape)
         for layer in (*self.blocks, self.norm):
             layer.build(input_shape)
 
@@ -142,13 +144,11 @@ class XLSTMBlockStack(Composite):
     def call(self, x, initial_state=None, mask=None, reset=None, return_state=False, training=None):
         if mask is None:  # Keras fills the mask in only where no other tensor is passed
             mask = backend.get_keras_mask(x)
+        mask, reset = as_flags(mask=mask, reset=reset)
+        check_shapes(x=(x, "B S D"), mask=(mask, "B S"), reset=(reset, "B S"))
         if initial_state is None:
-            initial_state = self.get_initial_state(ops.shape(x)[0])
-        if len(initial_state) != self.num_blocks:
-            raise ValueError(
-                "`initial_state` must hold one list of tensors a block, as return_state=True "
-                f"returns it. Received: {len(initial_state)} of them for {self.num_blocks} blocks."
-            )
+            initial_state = [None] * self.num_blocks
+        self.check(x.shape[0], initial_state)
         states = []
         for block, state in zip(self.blocks, initial_state, strict=True):
             x, state = block(
@@ -162,6 +162,18 @@ class XLSTMBlockStack(Composite):
             states.append(state)
         y = self.norm(x)
         return (y, states) if return_state else y
+
+    def check(self, batch_size, initial_state, name="initial_state"):
+        """Raises `ValueError` where a call would, see `Block.check`."""
+        if not isinstance(initial_state, (list, tuple)) or len(initial_state) != self.num_blocks:
+            is_list = isinstance(initial_state, (list, tuple))
+            received = f"{len(initial_state)} of them" if is_list else repr(initial_state)
+            raise ValueError(
+                f"`{name}` must be a list of the states of all blocks, as return_state=True "
+                f"returns it. Received: {received}, for {self.num_blocks} blocks."
+            )
+        for index, (block, state) in enumerate(zip(self.blocks, initial_state, strict=True)):
+            block.check(batch_size, state, f"{name}[{index}]")
 
     def get_config(self):
         return super().get_config() | {
@@ -182,3 +194,15 @@ class XLSTMBlockStack(Composite):
             "chunk_size": self.chunk_size,
             "kernel": self.kernel,
         }
+
+
+def check_slstm_at(slstm_at, num_blocks):
+    """The indices as a sorted list."""
+    if isinstance(slstm_at, (list, tuple, range)):
+        found = [i for i in range(num_blocks) if i in slstm_at]
+        if len(found) == len(slstm_at) and all(map(is_int, slstm_at)):
+            return found
+    raise ValueError(
+        "`slstm_at` must be a list of different indices of blocks, from 0 to num_blocks - 1. "
+        f"Received: slstm_at={repr(slstm_at)}, num_blocks={num_blocks}."
+    )

@@ -2,6 +2,7 @@ import keras
 from keras import ops as kops
 
 from keras_xlstm import ops
+from keras_xlstm.layers.composite import features_spec
 from keras_xlstm.ops.checks import check_positive_int
 
 
@@ -34,8 +35,10 @@ class CausalConv1D(keras.layers.Layer):
         check_positive_int(kernel_size=kernel_size)
         self.kernel_size, self.use_bias = kernel_size, use_bias
         self.supports_masking = True
+        self.input_spec = keras.layers.InputSpec(ndim=3)
 
     def build(self, input_shape):
+        self.input_spec = features_spec(input_shape)
         D, K = input_shape[-1], self.kernel_size
         limit = K**-0.5  # a depthwise window has K inputs
 

@@ -1,6 +1,8 @@
 import keras
 from keras import tree
 
+from keras_xlstm.ops.checks import is_int
+
 
 class Composite(keras.layers.Layer):
     """A layer made of layers.
@@ -47,3 +49,14 @@ class Composite(keras.layers.Layer):
 
 def _has_gradient(x):
     return keras.ops.is_tensor(x) and keras.backend.is_float_dtype(x.dtype)
+
+
+def features_spec(input_shape, ndim=3):
+    """The `input_spec` of a layer that is built for (..., D): Keras refuses any other D."""
+    D = input_shape[-1]
+    if not is_int(D) or D < 1:
+        raise ValueError(
+            "`input_shape` must end in the number of features, at least 1 and known when the layer "
+            f"is built. Received: input_shape={tuple(input_shape)}."
+        )
+    return keras.layers.InputSpec(ndim=ndim, axes={-1: D})

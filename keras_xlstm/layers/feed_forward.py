@@ -1,6 +1,6 @@
 import keras
 
-from keras_xlstm.layers.composite import Composite
+from keras_xlstm.layers.composite import Composite, features_spec
 from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import small_init, wang_init
 from keras_xlstm.ops.checks import check_positive_int
@@ -31,8 +31,10 @@ class GatedFeedForward(Composite):
         self.intermediate_dim, self.num_blocks = intermediate_dim, num_blocks
         self.activation = keras.activations.get(activation)
         self.supports_masking = True
+        self.input_spec = keras.layers.InputSpec(ndim=3)
 
     def build(self, input_shape):
+        self.input_spec = features_spec(input_shape)
         D = input_shape[-1]
 
         def dense(width, name, initializer, input_shape):

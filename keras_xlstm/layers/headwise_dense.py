@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_xlstm.layers.composite import features_spec
 from keras_xlstm.layers.initializers import small_init
 from keras_xlstm.ops.checks import check_divides, check_positive_int
 
@@ -31,9 +32,11 @@ class HeadwiseDense(keras.layers.Layer):
         check_positive_int(num_heads=num_heads)
         self.num_heads, self.use_bias = num_heads, use_bias
         self.supports_masking = True
+        self.input_spec = keras.layers.InputSpec(ndim=3)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
     def build(self, input_shape):
+        self.input_spec = features_spec(input_shape)
         D = input_shape[-1]
         check_divides("num_heads", self.num_heads, "input width", D)
         DH = D // self.num_heads

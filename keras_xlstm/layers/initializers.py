@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops
 
+from keras_xlstm.ops.checks import check_number, check_positive
+
 
 def small_init(dim):
     """Normal with variance 2 / (5 dim): projections that read the residual stream."""
@@ -31,9 +33,11 @@ class Linspace(keras.initializers.Initializer):
     """
 
     def __init__(self, start, stop):
+        check_number(start=start, stop=stop)
         self.start, self.stop = start, stop
 
     def __call__(self, shape, dtype=None):
+        _check_layout(shape, "NH")
         (size,) = shape
         return ops.cast(ops.linspace(self.start, self.stop, size), dtype or "float32")
 
@@ -48,15 +52,17 @@ class PowerlawForgetBias(keras.initializers.Initializer):
     `5 - 12 (k / (DH - 1))^exponent` for unit k; the other gates start at 0.
 
     Args:
-        exponent: float. Block b of B has 0.3 + 1.3 b / (B - 1).
+        exponent: positive float. Block b of B has 0.3 + 1.3 b / (B - 1).
 
     Source: Beck et al. 2024, arXiv:2405.04517, and its published configuration.
     """
 
     def __init__(self, exponent=0.3):
+        check_positive(exponent=exponent)
         self.exponent = exponent
 
     def __call__(self, shape, dtype=None):
+        _check_layout(shape, "4, NH, DH")
         _, NH, DH = shape
         k = ops.arange(DH, dtype="float32") / max(DH - 1, 1)
         forget = ops.broadcast_to(5.0 - 12.0 * k**self.exponent, (NH, DH))
@@ -65,3 +71,8 @@ class PowerlawForgetBias(keras.initializers.Initializer):
 
     def get_config(self):
         return {"exponent": self.exponent}
+
+
+def _check_layout(shape, layout):
+    if len(shape) != len(layout.split()):
+        raise ValueError(f"`shape` must be ({layout}). Received: shape={tuple(shape)}.")

@@ -6,7 +6,13 @@ from keras_xlstm.layers.initializers import PowerlawForgetBias, small_init, wang
 from keras_xlstm.layers.mlstm import MLSTM
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.slstm import SLSTM
-from keras_xlstm.ops.checks import check_divides, check_positive_int
+from keras_xlstm.ops.checks import (
+    check_cap,
+    check_divides,
+    check_positive,
+    check_positive_int,
+    given,
+)
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -41,6 +47,8 @@ class XLSTMLargeBlock(Block):
     ```
     """
 
+    op, takes_flat_state = "mlstm", True
+
     def __init__(
         self,
         num_heads=4,
@@ -58,16 +66,26 @@ class XLSTMLargeBlock(Block):
         kernel="auto",
         **kwargs,
     ):
-        super().__init__(num_blocks, block_index, norm_epsilon, **kwargs)
-        check_positive_int(num_heads=num_heads, ffn_round_up_to=ffn_round_up_to)
+        super().__init__(num_blocks, block_index, norm_epsilon, kernel, **kwargs)
+        check_positive_int(
+            num_heads=num_heads, ffn_round_up_to=ffn_round_up_to, **given(chunk_size=chunk_size)
+        )
+        check_positive(
+            qk_dim_factor=qk_dim_factor,
+            v_dim_factor=v_dim_factor,
+            ffn_dim_factor=ffn_dim_factor,
+            denominator_epsilon=denominator_epsilon,
+        )
+        check_cap(gate_soft_cap=gate_soft_cap)
         self.num_heads = num_heads
         self.qk_dim_factor, self.v_dim_factor = qk_dim_factor, v_dim_factor
         self.ffn_dim_factor, self.ffn_round_up_to = ffn_dim_factor, ffn_round_up_to
         self.gate_soft_cap, self.slstm = gate_soft_cap, slstm
         self.denominator_epsilon = denominator_epsilon
-        self.chunk_size, self.kernel = chunk_size, kernel
+        self.chunk_size = chunk_size
 
     def build(self, input_shape):
+        super().build(input_shape)
         D = input_shape[-1]
         self.norm = self._rms_norm("norm", input_shape)
         self.mixer = self._slstm(D) if self.slstm else self._mlstm(D)
@@ -79,7 +97,7 @@ class XLSTMLargeBlock(Block):
             self.head_norm.build((None, None, self.num_heads, D // self.num_heads))
         self.ffn_norm = self._rms_norm("ffn_norm", input_shape)
         self.ffn = GatedFeedForward(
-            round_up(int(self.ffn_dim_factor * D), self.ffn_round_up_to),
+            round_up(self._width("ffn_dim_factor", D), self.ffn_round_up_to),
             num_blocks=self.num_blocks,
             dtype=self.dtype_policy,
             name="ffn",
@@ -95,14 +113,15 @@ class XLSTMLargeBlock(Block):
         return norm
 
     def _mlstm(self, D):
-        NH, qk_width, v_width = self.num_heads, D * self.qk_dim_factor, D * self.v_dim_factor
-        check_divides("num_heads", NH, "width of all queries", int(qk_width))
-        check_divides("num_heads", NH, "width of all values", int(v_width))
+        NH = self.num_heads
+        qk_width, v_width = self._width("qk_dim_factor", D), self._width("v_dim_factor", D)
+        check_divides("num_heads", NH, "width of all queries", qk_width)
+        check_divides("num_heads", NH, "width of all values", v_width)
         return MLSTM(
             D,
             num_heads=NH,
-            key_dim=int(qk_width) // NH,
-            value_dim=int(v_width) // NH,
+            key_dim=qk_width // NH,
+            value_dim=v_width // NH,
             gate_soft_cap=self.gate_soft_cap,
             norm_epsilon=self.norm_epsilon,
             denominator_epsilon=self.denominator_epsilon,
@@ -112,6 +131,15 @@ class XLSTMLargeBlock(Block):
             kernel=self.kernel,
             **self._whole_sequences("mlstm"),
         )
+
+    def _width(self, factor, D):
+        width = int(getattr(self, factor) * D)  # a fraction is cut off, as in the 7B model
+        if width < 1:
+            raise ValueError(
+                f"`{factor}` times the input's width must be at least 1. "
+                f"Received: {factor}={getattr(self, factor)}, and the width {D}."
+            )
+        return width
 
     def _slstm(self, D):
         check_divides("num_heads", self.num_heads, "input width", D)
@@ -135,11 +163,9 @@ class XLSTMLargeBlock(Block):
         )
 
     @property
-    def state_names(self):
-        return ("h", "c", "n", "m") if self.slstm else ("C", "n", "m")
-
-    def get_initial_state(self, batch_size):
-        return self.mixer.get_initial_state(batch_size)
+    def state_shapes(self):
+        cell = self.mixer.cell
+        return {name: (size,) for name, size in zip(cell.state_names, cell.state_size, strict=True)}
 
     def mix(self, x, state, mask, reset):
         y, *state = self.mixer(self.norm(x), initial_state=state, mask=mask, reset=reset)
@@ -164,5 +190,4 @@ class XLSTMLargeBlock(Block):
             "denominator_epsilon": self.denominator_epsilon,
             "slstm": self.slstm,
             "chunk_size": self.chunk_size,
-            "kernel": self.kernel,
         }

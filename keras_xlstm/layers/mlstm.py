@@ -3,12 +3,22 @@ from keras import ops as kops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_xlstm import ops
-from keras_xlstm.layers.composite import Composite
+from keras_xlstm.layers.composite import Composite, features_spec
 from keras_xlstm.layers.dense import Dense, GateProjection
 from keras_xlstm.layers.initializers import Linspace
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
-from keras_xlstm.layers.recurrent import Recurrent, flat_state, like_state
-from keras_xlstm.ops.checks import check_divides, check_positive_int
+from keras_xlstm.layers.recurrent import Recurrent, checked_state, flat_state, like_state
+from keras_xlstm.ops.checks import (
+    check_cap,
+    check_divides,
+    check_kernel,
+    check_number,
+    check_positive,
+    check_positive_int,
+    check_rate,
+    given,
+    is_number,
+)
 from keras_xlstm.ops.linear import rows
 
 
@@ -34,6 +44,8 @@ class MLSTMCell(Composite, DropoutRNNCell):
     ```
     """
 
+    op, state_names = "mlstm", ("C", "n", "m")
+
     def __init__(
         self,
         units,
@@ -58,20 +70,26 @@ class MLSTMCell(Composite, DropoutRNNCell):
         **kwargs,
     ):
         super().__init__(autocast=False, **kwargs)
-        check_positive_int(units=units, num_heads=num_heads)
+        check_positive_int(
+            units=units,
+            num_heads=num_heads,
+            **given(key_dim=key_dim, value_dim=value_dim, chunk_size=chunk_size),
+        )
+        check_cap(gate_soft_cap=gate_soft_cap)
+        check_number(input_gate_bias=input_gate_bias)
+        check_positive(norm_epsilon=norm_epsilon, denominator_epsilon=denominator_epsilon)
+        check_rate(dropout=dropout)
+        check_kernel(kernel)
         if value_dim is None:
             check_divides("num_heads", num_heads, "units", units)
             value_dim = units // num_heads
         if key_dim is None:
             key_dim = max(value_dim // 2, 1)
-        check_positive_int(key_dim=key_dim, value_dim=value_dim)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must lie in [0, 1). Received: dropout={dropout}.")
         self.units, self.num_heads = units, num_heads
         self.key_dim, self.value_dim = key_dim, value_dim
         self.gate_soft_cap, self.norm_epsilon = gate_soft_cap, norm_epsilon
         self.denominator_epsilon = denominator_epsilon
-        self.input_gate_bias, self.forget_gate_bias = input_gate_bias, tuple(forget_gate_bias)
+        self.input_gate_bias, self.forget_gate_bias = input_gate_bias, _pair(forget_gate_bias)
         # Small-init is this one: the variance 2 / (5 fan_in).
         self.kernel_initializer = keras.initializers.get(
             kernel_initializer
@@ -87,8 +105,10 @@ class MLSTMCell(Composite, DropoutRNNCell):
         self.chunk_size, self.kernel = chunk_size, kernel
         self.state_size = [num_heads * key_dim * value_dim, num_heads * key_dim, num_heads]
         self.output_size = units
+        self.input_spec = keras.layers.InputSpec(ndim=2)
 
     def build(self, input_shape):
+        self.input_spec = features_spec(input_shape, ndim=2)
         NH = self.num_heads
 
         def project(width, name, kernel_initializer, cls=Dense, **kwargs):
@@ -159,10 +179,9 @@ class MLSTMCell(Composite, DropoutRNNCell):
 
     def call(self, inputs, states, training=False):
         x = kops.cast(inputs, self.compute_dtype)
-        states = [kops.convert_to_tensor(s) for s in states]
+        state = self._shaped(checked_state(self, states, x.shape[0], "states"))
         if training and self.dropout > 0:
             x = x * self.get_dropout_mask(x)
-        state = self._shaped(flat_state(states, self.state_size))
         h, state = ops.mlstm_step(*self._project(x), state, eps=self.denominator_epsilon)
         return self._read_out(h, x), like_state(state, states)
 
@@ -338,3 +357,13 @@ class MLSTM(Recurrent):
     @property
     def num_heads(self):
         return self.cell.num_heads
+
+
+def _pair(forget_gate_bias):
+    pair = tuple(forget_gate_bias) if isinstance(forget_gate_bias, (list, tuple)) else ()
+    if len(pair) != 2 or not all(map(is_number, pair)):
+        raise ValueError(
+            "`forget_gate_bias` must be two finite numbers, for the first head and the last. "
+            f"Received: forget_gate_bias={forget_gate_bias!r}."
+        )
+    return pair

@@ -9,7 +9,7 @@ from keras_xlstm.layers.headwise_dense import HeadwiseDense
 from keras_xlstm.layers.initializers import Linspace, small_init, wang_init
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
-from keras_xlstm.ops.checks import check_divides, check_positive_int
+from keras_xlstm.ops.checks import check_divides, check_positive, check_positive_int, given
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -43,6 +43,8 @@ class MLSTMBlock(Block):
     ```
     """
 
+    op = "mlstm"
+
     def __init__(
         self,
         num_heads=4,
@@ -57,21 +59,26 @@ class MLSTMBlock(Block):
         kernel="auto",
         **kwargs,
     ):
-        super().__init__(num_blocks, block_index, norm_epsilon, **kwargs)
+        super().__init__(num_blocks, block_index, norm_epsilon, kernel, **kwargs)
         check_positive_int(
-            num_heads=num_heads, qkv_block_size=qkv_block_size, proj_round_up_to=proj_round_up_to
+            num_heads=num_heads,
+            qkv_block_size=qkv_block_size,
+            proj_round_up_to=proj_round_up_to,
+            **given(chunk_size=chunk_size),
         )
+        check_positive(proj_factor=proj_factor)
         check_conv_kernel_size(conv_kernel_size)
         self.num_heads, self.conv_kernel_size = num_heads, conv_kernel_size
         self.qkv_block_size, self.proj_factor = qkv_block_size, proj_factor
         self.proj_round_up_to = proj_round_up_to
-        self.chunk_size, self.kernel = chunk_size, kernel
+        self.chunk_size = chunk_size
 
     def build(self, input_shape):
+        super().build(input_shape)
         D, NH = input_shape[-1], self.num_heads
         inner = round_up(self.proj_factor * D, self.proj_round_up_to)
         check_divides("num_heads", NH, "inner width", inner)
-        check_divides("qkv_block_size", self.qkv_block_size, "inner width", inner)
+        check_divides("qkv_block_size", self.qkv_block_size, "inner width", inner, "blocks")
         self.head_dim = inner // NH
         self.norm = ZeroCenteredLayerNorm(self.norm_epsilon, dtype=self.dtype_policy, name="norm")
         self.norm.build(input_shape)
@@ -105,13 +112,10 @@ class MLSTMBlock(Block):
         self.down = self._dense(D, "down", wang_init(D, self.num_blocks), inner)
 
     @property
-    def state_names(self):
-        return ("conv", "C", "n", "m") if self.conv_kernel_size else ("C", "n", "m")
-
-    def get_initial_state(self, batch_size):
-        conv = [self.conv.get_initial_state(batch_size)] if self.conv_kernel_size else []
-        DH = self.head_dim
-        return [*conv, *ops.mlstm_zero_state(batch_size, self.num_heads, DH, DH)]
+    def state_shapes(self):
+        NH, DH, K = self.num_heads, self.head_dim, self.conv_kernel_size
+        conv = {"conv": (K - 1, NH * DH)} if K else {}
+        return conv | {"C": (NH, DH, DH), "n": (NH, DH), "m": (NH,)}
 
     def mix(self, x, state, mask, reset):
         *conv_state, C, n, m = state
@@ -148,5 +152,4 @@ class MLSTMBlock(Block):
             "proj_factor": self.proj_factor,
             "proj_round_up_to": self.proj_round_up_to,
             "chunk_size": self.chunk_size,
-            "kernel": self.kernel,
         }

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_xlstm.ops.checks import check_positive
 from keras_xlstm.ops.normalize import normalize
 
 
@@ -26,11 +27,15 @@ class MultiHeadNorm(keras.layers.Layer):
     def __init__(self, epsilon=1e-6, zero_centered=False, **kwargs):
         super().__init__(autocast=False, **kwargs)
         self.epsilon, self.zero_centered = epsilon, zero_centered
+        check_positive(epsilon=epsilon)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
     def build(self, input_shape):
+        NH, DH = input_shape[-2:]
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-2: NH, -1: DH})
         self.scale = self.add_weight(
-            shape=tuple(input_shape[-2:]),
+            shape=(NH, DH),
             initializer="zeros" if self.zero_centered else "ones",
             name="scale",
             autocast=False,

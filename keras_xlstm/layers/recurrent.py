@@ -8,13 +8,13 @@ batch flattened: `state_size` holds integers, as Keras' recurrent layers want it
 are taken too.
 """
 
-import math
-
 import keras
 from keras import ops
 from keras.src import backend
 
-from keras_xlstm.layers.composite import Composite
+from keras_xlstm import kernels
+from keras_xlstm.layers.composite import Composite, features_spec
+from keras_xlstm.ops.checks import as_flags, as_tensor, check_shapes, check_state
 from keras_xlstm.ops.masks import steps_that_happen, take_steps
 
 STATE_DTYPE = "float32"
@@ -22,17 +22,15 @@ STATE_DTYPE = "float32"
 
 def flat_state(state, sizes):
     """Flattens all axes but the batch of each tensor, which must then have the width `size`."""
-    flat = []
-    for x, size in zip(state, sizes, strict=True):
-        width = math.prod(d for d in x.shape[1:] if d is not None)
-        if len(x.shape) < 2 or (None not in x.shape[1:] and width != size):
-            raise ValueError(
-                f"The state must hold {len(sizes)} tensors of {sizes} numbers a row, as "
-                f"return_state=True returns it. Received: a tensor of shape {tuple(x.shape)} "
-                f"in place of (batch, {size})."
-            )
-        flat.append(ops.reshape(x, (-1, size)))
-    return flat
+    return [ops.reshape(x, (-1, size)) for x, size in zip(state, sizes, strict=True)]
+
+
+def checked_state(cell, state, batch_size, name="initial_state"):
+    """What a caller hands in as the state of a cell, flat, in the dtypes that it came in."""
+    shapes = {key: (size,) for key, size in zip(cell.state_names, cell.state_size, strict=True)}
+    check_state(state, shapes, batch_size, flat=True, name=name)
+    state = [as_tensor(*pair) for pair in zip(cell.state_names, state, strict=True)]
+    return flat_state(state, cell.state_size)
 
 
 def like_state(state, like):
@@ -50,12 +48,17 @@ class Recurrent(Composite, keras.layers.RNN):
         super().__init__(cell, autocast=False, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
+    def build(self, sequences_shape):
+        self.input_spec = features_spec(sequences_shape)
+        super().build(sequences_shape)
+
     def call(self, sequences, initial_state=None, mask=None, reset=None, training=False):
         if mask is None:  # Keras fills the mask in only where no other tensor is passed
             mask = backend.get_keras_mask(sequences)
+        kernels.check_name(self.cell.op, self.cell.kernel)
         x = ops.cast(sequences, self.compute_dtype)
-        if mask is not None:
-            mask = ops.cast(mask, "bool")
+        mask, reset = as_flags(mask=mask, reset=reset)
+        check_shapes(sequences=(x, "B S D"), mask=(mask, "B S"), reset=(reset, "B S"))
         state = self._state_to_start_from(x, initial_state)
         if self.go_backwards:
             x, mask, reset = _backwards(x, mask, reset)
@@ -80,14 +83,8 @@ class Recurrent(Composite, keras.layers.RNN):
             )
         # Copies, since torch would differentiate through what is then assigned in place.
         state = [ops.copy(v) for v in self.states] if initial_state is None else initial_state
-        if not isinstance(state, (list, tuple)) or len(state) != len(self.state_size):
-            received = len(state) if isinstance(state, (list, tuple)) else type(state).__name__
-            raise ValueError(
-                f"`initial_state` must be a list of the {len(self.state_size)} tensors that "
-                f"return_state=True returns. Received: {received}."
-            )
-        state = [ops.convert_to_tensor(x, dtype=STATE_DTYPE) for x in state]
-        return flat_state(state, self.state_size)
+        state = checked_state(self.cell, state, x.shape[0])
+        return [ops.cast(x, STATE_DTYPE) for x in state]
 
     def _create_state_variables(self, batch_size):
         states = [
@@ -134,7 +131,7 @@ def _backwards(x, mask, reset):
     x, mask = (None if y is None else ops.flip(y, axis=1) for y in (x, mask))
     if reset is None:
         return x, mask, None
-    starts = ops.flip(ops.cast(reset, "bool"), axis=1)
+    starts = ops.flip(reset, axis=1)
     happens = ops.ones_like(starts) if mask is None else mask
     starts = ops.cast(ops.logical_and(starts, happens), "int32")
     document = ops.cumsum(starts, axis=1) - starts  # counted from the end of the row

@@ -3,11 +3,11 @@ from keras import ops as kops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_xlstm import ops
-from keras_xlstm.layers.composite import Composite
+from keras_xlstm.layers.composite import Composite, features_spec
 from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import PowerlawForgetBias
-from keras_xlstm.layers.recurrent import Recurrent, flat_state, like_state
-from keras_xlstm.ops.checks import check_divides, check_positive_int
+from keras_xlstm.layers.recurrent import Recurrent, checked_state, flat_state, like_state
+from keras_xlstm.ops.checks import check_divides, check_kernel, check_positive_int, check_rate
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -49,7 +49,9 @@ class SLSTMRecurrence(keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.recurrent_constraint = keras.constraints.get(recurrent_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
+        check_kernel(kernel)
         self.kernel = kernel
+        self.input_spec = keras.layers.InputSpec(ndim=5, axes={2: 4})
         self.supports_masking = True
 
     def build(self, gates_shape):
@@ -119,6 +121,8 @@ class SLSTMCell(Composite, DropoutRNNCell):
     ```
     """
 
+    op, state_names = "slstm", ("h", "c", "n", "m")
+
     def __init__(
         self,
         units,
@@ -141,9 +145,7 @@ class SLSTMCell(Composite, DropoutRNNCell):
         super().__init__(autocast=False, **kwargs)
         check_positive_int(units=units, num_heads=num_heads)
         check_divides("num_heads", num_heads, "units", units)
-        for name, rate in dict(dropout=dropout, recurrent_dropout=recurrent_dropout).items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1). Received: {name}={rate}.")
+        check_rate(dropout=dropout, recurrent_dropout=recurrent_dropout)
         self.units, self.num_heads, self.head_dim = units, num_heads, units // num_heads
         self.projection = Dense(
             4 * units,
@@ -169,8 +171,14 @@ class SLSTMCell(Composite, DropoutRNNCell):
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.state_size = [units] * 4
         self.output_size = units
+        self.input_spec = keras.layers.InputSpec(ndim=2)
+
+    @property
+    def kernel(self):
+        return self.recurrence.kernel
 
     def build(self, input_shape):
+        self.input_spec = features_spec(input_shape, ndim=2)
         self.projection.build(input_shape)
         self.recurrence.build((None, None, 4, self.num_heads, self.head_dim))
 
@@ -193,8 +201,7 @@ class SLSTMCell(Composite, DropoutRNNCell):
 
     def call(self, inputs, states, training=False):
         x = kops.cast(inputs, self.compute_dtype)
-        states = [kops.convert_to_tensor(s) for s in states]
-        state, scale = self._shaped(flat_state(states, self.state_size)), None
+        state, scale = self._shaped(checked_state(self, states, x.shape[0], "states")), None
         if training and self.dropout > 0:
             x = x * self.get_dropout_mask(x)
         if training and self.recurrent_dropout > 0:

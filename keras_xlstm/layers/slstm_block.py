@@ -1,7 +1,6 @@
 import keras
 from keras import ops as kops
 
-from keras_xlstm import ops
 from keras_xlstm.layers.block import Block, check_conv_kernel_size, round_up
 from keras_xlstm.layers.causal_conv1d import CausalConv1D
 from keras_xlstm.layers.feed_forward import GatedFeedForward
@@ -10,7 +9,7 @@ from keras_xlstm.layers.initializers import PowerlawForgetBias
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.slstm import SLSTMRecurrence
 from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
-from keras_xlstm.ops.checks import check_divides, check_positive_int
+from keras_xlstm.ops.checks import check_divides, check_positive, check_positive_int
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -43,6 +42,8 @@ class SLSTMBlock(Block):
     ```
     """
 
+    op = "slstm"
+
     def __init__(
         self,
         num_heads=4,
@@ -55,14 +56,15 @@ class SLSTMBlock(Block):
         kernel="auto",
         **kwargs,
     ):
-        super().__init__(num_blocks, block_index, norm_epsilon, **kwargs)
+        super().__init__(num_blocks, block_index, norm_epsilon, kernel, **kwargs)
         check_positive_int(num_heads=num_heads, ffn_round_up_to=ffn_round_up_to)
+        check_positive(ffn_dim_factor=ffn_dim_factor)
         check_conv_kernel_size(conv_kernel_size)
         self.num_heads, self.conv_kernel_size = num_heads, conv_kernel_size
         self.ffn_dim_factor, self.ffn_round_up_to = ffn_dim_factor, ffn_round_up_to
-        self.kernel = kernel
 
     def build(self, input_shape):
+        super().build(input_shape)
         D, NH = input_shape[-1], self.num_heads
         check_divides("num_heads", NH, "input width", D)
         self.head_dim = D // NH
@@ -102,12 +104,10 @@ class SLSTMBlock(Block):
             layer.build(input_shape)
 
     @property
-    def state_names(self):
-        return ("conv", "h", "c", "n", "m") if self.conv_kernel_size else ("h", "c", "n", "m")
-
-    def get_initial_state(self, batch_size):
-        conv = [self.conv.get_initial_state(batch_size)] if self.conv_kernel_size else []
-        return [*conv, *ops.slstm_zero_state(batch_size, self.num_heads, self.head_dim)]
+    def state_shapes(self):
+        NH, DH, K = self.num_heads, self.head_dim, self.conv_kernel_size
+        conv = {"conv": (K - 1, NH * DH)} if K else {}
+        return conv | dict.fromkeys("hcnm", (NH, DH))
 
     def mix(self, x, state, mask, reset):
         conv_state, state = state[:-4], state[-4:]
@@ -130,5 +130,4 @@ class SLSTMBlock(Block):
             "conv_kernel_size": self.conv_kernel_size,
             "ffn_dim_factor": self.ffn_dim_factor,
             "ffn_round_up_to": self.ffn_round_up_to,
-            "kernel": self.kernel,
         }

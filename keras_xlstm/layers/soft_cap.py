@@ -1,6 +1,7 @@
 import keras
 
 from keras_xlstm import ops
+from keras_xlstm.ops.checks import check_cap
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -19,6 +20,7 @@ class SoftCap(keras.layers.Layer):
 
     def __init__(self, cap, **kwargs):
         super().__init__(**kwargs)
+        check_cap(cap=cap)
         self.cap = cap
         self.supports_masking = True
 

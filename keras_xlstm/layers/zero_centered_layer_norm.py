@@ -1,6 +1,8 @@
 import keras
 from keras import ops
 
+from keras_xlstm.ops.checks import check_positive
+
 
 @keras.saving.register_keras_serializable("keras_xlstm")
 class ZeroCenteredLayerNorm(keras.layers.Layer):
@@ -22,10 +24,13 @@ class ZeroCenteredLayerNorm(keras.layers.Layer):
 
     def __init__(self, epsilon=1e-6, **kwargs):
         super().__init__(**kwargs)
+        check_positive(epsilon=epsilon)
         self.epsilon = epsilon
+        self.input_spec = keras.layers.InputSpec(min_ndim=1)
         self.supports_masking = True
 
     def build(self, input_shape):
+        self.input_spec = keras.layers.InputSpec(min_ndim=1, axes={-1: input_shape[-1]})
         self.gamma = self.add_weight(
             shape=(input_shape[-1],), initializer="zeros", name="gamma", autocast=False
         )

@@ -7,11 +7,12 @@ from keras_hub.models import Backbone
 from keras_xlstm.converters import transformers
 from keras_xlstm.files import saving, saving_file
 from keras_xlstm.layers import XLSTMBlockStack
+from keras_xlstm.layers.block_stack import check_slstm_at
 from keras_xlstm.layers.composite import Composite
 from keras_xlstm.layers.dense import TokenEmbedding
 from keras_xlstm.models.distribution import layout_map
 from keras_xlstm.ops import segment_starts
-from keras_xlstm.ops.checks import check_positive_int
+from keras_xlstm.ops.checks import check_cap, check_positive, check_positive_int, given, repr
 
 # Threads take turns: on JAX `predict` takes the numbers out of the variables while it runs, and
 # what torch traces for one model catches the layers that another thread calls, of any model.
@@ -50,6 +51,10 @@ class XLSTMBackbone(Composite, Backbone):
         packed: bool, whether rows hold several documents, as `keras_xlstm.utils.pack` makes them.
             It changes no weight: `from_preset(preset, packed=True)` opens any model that way.
         dtype: string or `keras.DTypePolicy`.
+
+    A call does not look at token ids: one outside the vocabulary is an error of the framework or
+    gives NaN, as in `keras.layers.Embedding`. A language model's `fit`, `evaluate`, `predict`,
+    `score` and `generate` do look at those that come as arrays or lists.
 
     Example:
 
@@ -90,20 +95,21 @@ class XLSTMBackbone(Composite, Backbone):
             hidden_dim=hidden_dim,
             num_heads=num_heads,
             ffn_round_up_to=ffn_round_up_to,
-            chunk_size=1 if chunk_size is None else chunk_size,
+            **given(chunk_size=chunk_size),
         )
-        _check_positive(
+        check_positive(
             qk_dim_factor=qk_dim_factor,
             v_dim_factor=v_dim_factor,
             ffn_dim_factor=ffn_dim_factor,
-            gate_soft_cap=1.0 if gate_soft_cap is None else gate_soft_cap,
             norm_epsilon=norm_epsilon,
             denominator_epsilon=denominator_epsilon,
         )
+        check_cap(gate_soft_cap=gate_soft_cap)
+        check_keywords(type(self), kwargs)
+        slstm_at = check_slstm_at(slstm_at, num_layers)
         if block_style == "large":
             _check_head_width("qk_dim_factor", qk_dim_factor, hidden_dim, num_heads)
             _check_head_width("v_dim_factor", v_dim_factor, hidden_dim, num_heads)
-        slstm_at = list(slstm_at)
 
         # === Layers ===
         self.token_embedding = TokenEmbedding(
@@ -243,6 +249,27 @@ class XLSTMBackbone(Composite, Backbone):
         """
         transformers.save(self, path, **kwargs)
 
+    def enable_lora(self, rank, target_layer_names=None):
+        """Freezes the weights, and gives dense layers adapters that are trained in their place.
+
+        Args:
+            rank: int, of the adapters.
+            target_layer_names: list of strings, names of layers. `None` for
+                `default_lora_layer_names()`.
+
+        Raises:
+            ValueError: if there is no such layer.
+        """
+        check_positive_int(rank=rank)
+        names = sorted({x.name for x in self._flatten_layers() if hasattr(x, "enable_lora")})
+        wanted = names if target_layer_names is None else target_layer_names
+        if not isinstance(wanted, (list, tuple)) or not wanted or not set(wanted) <= set(names):
+            raise ValueError(
+                f"`target_layer_names` must be a list of names among {names}. "
+                f"Received: target_layer_names={repr(target_layer_names)}."
+            )
+        super().enable_lora(rank, target_layer_names)
+
     def default_lora_layer_names(self):
         """The dense layers around the memories, as far as this model has them."""
         wanted = ["query", "key", "value", "output_gate", "output", "projection"]
@@ -274,10 +301,14 @@ class XLSTMBackbone(Composite, Backbone):
         }
 
 
-def _check_positive(**named):
-    for name, value in named.items():
-        if not value > 0:
-            raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}.")
+def check_keywords(cls, kwargs, known=("name", "trainable")):
+    """Refuses what Keras' functional models would silently leave out: a misspelt argument."""
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown:
+        raise ValueError(
+            f"`{cls.__name__}` has no such arguments. Received: {', '.join(unknown)}. "
+            f"See `help({cls.__name__})`."
+        )
 
 
 def _check_head_width(name, factor, hidden_dim, num_heads):

@@ -1,17 +1,37 @@
+from numbers import Number
+
 import keras
+import numpy as np
 from keras import ops, tree
 from keras.src.quantizers.utils import should_quantize_layer
-from keras_hub.models import CausalLM
+from keras_hub.models import CausalLM, CausalLMPreprocessor
 from keras_hub.samplers import SpeculativeSampler
 
 from keras_xlstm.converters import transformers
 from keras_xlstm.files import saving
 from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.layers.soft_cap import SoftCap
-from keras_xlstm.models.backbone import TURN, XLSTMBackbone
+from keras_xlstm.models.backbone import TURN, XLSTMBackbone, check_keywords
 from keras_xlstm.models.causal_lm_preprocessor import XLSTMCausalLMPreprocessor
-from keras_xlstm.models.generation import EMPTY, Alignment, add_prompt, is_any
+from keras_xlstm.models.generation import (
+    EMPTY,
+    Alignment,
+    add_prompt,
+    check_inputs,
+    check_texts,
+    is_any,
+)
 from keras_xlstm.models.token_loss import TokenLoss
+from keras_xlstm.ops.checks import (
+    as_tensor,
+    check_cap,
+    check_ids,
+    check_positive_int,
+    check_shapes,
+    given,
+    is_int,
+    repr,
+)
 from keras_xlstm.ops.linear import cross_entropy
 from keras_xlstm.ops.repeated import repeated
 
@@ -47,6 +67,9 @@ class XLSTMCausalLM(CausalLM):
     preprocessor_cls = XLSTMCausalLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, logit_soft_cap=30.0, **kwargs):
+        _check_parts(backbone, preprocessor)
+        check_cap(logit_soft_cap=logit_soft_cap)
+        check_keywords(type(self), kwargs, ("name", "trainable", "dtype", "compile"))
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.logit_soft_cap = logit_soft_cap
@@ -60,6 +83,22 @@ class XLSTMCausalLM(CausalLM):
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Under `keras.RematScope("full")` the blocks of the backbone are computed again."""
         return layer_call
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        self._check_data(x)
+        self._check_targets(x, y)
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        self._check_data(x)
+        self._check_targets(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def predict(self, x=None, *args, **kwargs):
+        """As in Keras. Threads take turns."""
+        self._check_data(x)
+        with TURN:
+            return super().predict(x, *args, **kwargs)
 
     def get_config(self):
         return super().get_config() | {"logit_soft_cap": self.logit_soft_cap}
@@ -130,6 +169,7 @@ class XLSTMCausalLM(CausalLM):
             Logits (B, S, vocabulary_size) in float32, hidden states (B, S, hidden_dim) and the
             next cache: float32 tensors whose size does not depend on S.
         """
+        token_ids = as_tensor("token_ids", self._check_ids(token_ids=token_ids), "int")
         hidden_states, cache = self._advance(token_ids, cache, padding_mask)
         return self._logits(hidden_states), hidden_states, cache
 
@@ -154,12 +194,13 @@ class XLSTMCausalLM(CausalLM):
         step.export("step.onnx", format="onnx")
         ```
         """
+        check_positive_int(**given(sequence_length=sequence_length))
         stack = self.backbone.stack
         token_ids = keras.Input((sequence_length,), dtype="int32", name="token_ids")
         cache = [
             [
-                keras.Input(x.shape[1:], dtype="float32", name=f"{block.name}_{name}")
-                for name, x in zip(block.state_names, block.get_initial_state(1), strict=True)
+                keras.Input(shape, dtype="float32", name=f"{block.name}_{name}")
+                for name, shape in block.state_shapes.items()
             ]
             for block in stack.blocks
         ]
@@ -196,8 +237,19 @@ class XLSTMCausalLM(CausalLM):
             )
         if scoring_mode == "loss" and target_ids is None:
             raise ValueError("`scoring_mode='loss'` needs `target_ids`. Received: None.")
+        if not (layer_intercept_fn is None or callable(layer_intercept_fn)):
+            raise ValueError(
+                "`layer_intercept_fn` must be a function of activations and a layer's index. "
+                f"Received: {layer_intercept_fn!r}."
+            )
+        token_ids = as_tensor("token_ids", self._check_ids(token_ids=token_ids), "int")
+        mask = None if padding_mask is None else as_tensor("padding_mask", padding_mask, "flag")
+        if target_ids is not None:
+            target_ids = as_tensor("target_ids", self._check_ids(target_ids=target_ids), "int")
+        check_shapes(
+            token_ids=(token_ids, "B S"), padding_mask=(mask, "B S"), target_ids=(target_ids, "B S")
+        )
         intercept = layer_intercept_fn or (lambda x, i: x)
-        mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
         x = intercept(self.backbone.token_embedding(token_ids), -1)
         for i, block in enumerate(self.backbone.stack.blocks):
             x = intercept(block(x, mask=mask), i)
@@ -206,15 +258,38 @@ class XLSTMCausalLM(CausalLM):
             return logits
         return cross_entropy(logits, target_ids)
 
-    def predict(self, *args, **kwargs):
-        """As in Keras. Threads take turns."""
-        with TURN:
-            return super().predict(*args, **kwargs)
-
     def predict_on_batch(self, x):
         """As in Keras. Threads take turns."""
         with TURN:
             return super().predict_on_batch(x)
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+        """Continues texts; as `keras_hub.models.CausalLM.generate`, with checked arguments.
+
+        Args:
+            inputs: a text or a list of texts; or, of a model without a preprocessor, a dict of
+                `"token_ids"` and `"padding_mask"` (B, T), prompts at the left, where T is the
+                length that they are continued to; or a data set of either.
+            max_length: int, the length in tokens, the prompt's included: of a prompt that is
+                longer only so much is taken. `None` for the preprocessor's `sequence_length`.
+            stop_token_ids: ints, ids after any of which a row ends. `None` for none, `"auto"` for
+                the tokenizer's end token.
+            strip_prompt: bool, whether to return only what is new.
+
+        Returns:
+            Texts, or a dict as `inputs`.
+
+        Raises:
+            ValueError: if an argument is none of these, or a token is not in the vocabulary.
+        """
+        check_positive_int(**given(max_length=max_length))
+        if self.preprocessor is not None:
+            check_texts("inputs", inputs)
+        elif not hasattr(inputs, "as_numpy_iterator"):  # a data set of TensorFlow
+            check_inputs("inputs", inputs, self.backbone.vocabulary_size)
+        if not (isinstance(stop_token_ids, str) and stop_token_ids == "auto"):
+            self._check_stop_token_ids(stop_token_ids)
+        return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
 
     def make_generate_function(self):
         """The function that continues texts, compiled unless the model is to `run_eagerly`.
@@ -232,11 +307,11 @@ class XLSTMCausalLM(CausalLM):
             self.jit_compile = before
 
             def generate(inputs, stop_token_ids=None):
-                stop_token_ids = () if stop_token_ids is None else stop_token_ids
-                stop_token_ids = tuple(int(id) for id in stop_token_ids)
-                self._check_generation(stop_token_ids)
+                stop_token_ids = self._check_stop_token_ids(stop_token_ids)
+                self._check_sampler()
+                inputs = add_prompt(inputs, self.backbone.vocabulary_size)
                 with TURN:
-                    return generate_step(add_prompt(inputs), stop_token_ids or None)
+                    return generate_step(inputs, stop_token_ids or None)
 
             self.generate_function = generate
         return self.generate_function
@@ -317,14 +392,36 @@ class XLSTMCausalLM(CausalLM):
 
     def _advance(self, token_ids, cache, padding_mask=None):
         """Hidden states of tokens that come after those in `cache`, and the next cache."""
-        mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
+        if cache is not None and not isinstance(cache, (list, tuple)):
+            raise ValueError(
+                "`cache` must be what the call before returned, or None to start afresh. "
+                f"Received: {repr(cache)}."
+            )
+        mask = None if padding_mask is None else as_tensor("padding_mask", padding_mask, "flag")
         x = self.backbone.token_embedding(token_ids)
         return self.backbone.stack(x, initial_state=cache, mask=mask, return_state=True)
 
     def _logits(self, hidden_states):
         return self.soft_cap(self.backbone.token_embedding(hidden_states, reverse=True))
 
-    def _check_generation(self, stop_token_ids):
+    def _check_ids(self, **named):
+        ((name, ids),) = named.items()
+        return check_ids(name, ids, self.backbone.vocabulary_size)
+
+    def _check_data(self, x):
+        """Checks what `fit` and its like are given, as far as it is no data set or tensor."""
+        if self.preprocessor is not None:
+            return check_texts("x", x)
+        if x is None or isinstance(x, (dict, str, list, tuple, np.ndarray, Number)):
+            check_inputs("x", x, self.backbone.vocabulary_size)
+
+    def _check_targets(self, x, y):
+        """The same of the targets, as far as they go into this model's own loss."""
+        if isinstance(x, dict) and isinstance(self.loss, TokenLoss):
+            y = self._check_ids(y=y)
+            check_shapes(token_ids=(self._check_ids(token_ids=x["token_ids"]), "B S"), y=(y, "B S"))
+
+    def _check_sampler(self):
         if isinstance(self.sampler, SpeculativeSampler):
             raise ValueError(
                 "`SpeculativeSampler` drops tokens of a draft model again, and a recurrent state "
@@ -335,13 +432,42 @@ class XLSTMCausalLM(CausalLM):
                 "`generate()` returns one sequence a prompt. Received: a sampler with "
                 "`return_all_beams=True`. Compile with `return_all_beams=False`."
             )
+
+    def _check_stop_token_ids(self, ids):
+        """`stop_token_ids` as a tuple."""
         size = self.backbone.vocabulary_size
-        unknown = [id for id in stop_token_ids if not 0 <= id < size]
-        if unknown:
+        ids = () if ids is None else ids
+        try:
+            known = [is_int(id) and 0 <= id < size for id in ids]
+        except TypeError:  # not iterable
+            known = [False]
+        if not all(known):
             raise ValueError(
-                f"`stop_token_ids` must be ids in the vocabulary, 0 to {size - 1}. "
-                f"Received: {unknown}."
+                f"`stop_token_ids` must be a list of ids in the vocabulary, from 0 to {size - 1}, "
+                f"or None for none. Received: stop_token_ids={repr(ids)}."
             )
+        return tuple(int(id) for id in ids)
+
+
+def _check_parts(backbone, preprocessor):
+    if not isinstance(backbone, XLSTMBackbone):
+        raise ValueError(
+            f"`backbone` must be an `XLSTMBackbone`. Received: {type(backbone).__name__}."
+        )
+    if preprocessor is None:
+        return
+    if not isinstance(preprocessor, CausalLMPreprocessor):
+        raise ValueError(
+            "`preprocessor` must be an `XLSTMCausalLMPreprocessor`, or None for token ids. "
+            f"Received: {type(preprocessor).__name__}."
+        )
+    tokenizer, size = preprocessor.tokenizer, backbone.vocabulary_size
+    if getattr(tokenizer, "vocabulary", None) and tokenizer.vocabulary_size() > size:
+        raise ValueError(
+            "`preprocessor` must make no ids beyond the backbone's vocabulary. Received: a "
+            f"tokenizer of {tokenizer.vocabulary_size()} tokens, vocabulary_size={size}. Pass "
+            "`vocabulary_size=tokenizer.vocabulary_size()` to the backbone."
+        )
 
 
 class Step(keras.layers.Layer):

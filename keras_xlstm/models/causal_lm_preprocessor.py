@@ -1,9 +1,11 @@
 import keras
-from keras_hub.models import CausalLMPreprocessor
+from keras_hub.models import CausalLMPreprocessor, Tokenizer
 
 from keras_xlstm.files import saving
 from keras_xlstm.models.backbone import XLSTMBackbone
+from keras_xlstm.models.generation import check_texts
 from keras_xlstm.models.tokenizer import XLSTMTokenizer
+from keras_xlstm.ops.checks import check_positive_int, given
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -26,6 +28,25 @@ class XLSTMCausalLMPreprocessor(CausalLMPreprocessor):
 
     backbone_cls = XLSTMBackbone
     tokenizer_cls = XLSTMTokenizer
+
+    def __init__(self, tokenizer, sequence_length=1024, **kwargs):
+        check_positive_int(sequence_length=sequence_length)
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError(
+                "`tokenizer` must be a tokenizer, such as `XLSTMTokenizer.byte_level()`. "
+                f"Received: {type(tokenizer).__name__}."
+            )
+        super().__init__(tokenizer, sequence_length, **kwargs)
+
+    def call(self, x, y=None, sample_weight=None, sequence_length=None):
+        check_positive_int(**given(sequence_length=sequence_length))
+        check_texts("x", x)
+        return super().call(x, y, sample_weight, sequence_length)
+
+    def generate_preprocess(self, x, sequence_length=None):
+        check_positive_int(**given(sequence_length=sequence_length))
+        check_texts("x", x)
+        return super().generate_preprocess(x, sequence_length)
 
     def save_to_preset(self, preset_dir):
         """As in KerasHub, but all or nothing."""

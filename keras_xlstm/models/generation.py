@@ -14,28 +14,38 @@ The state has then seen every prompt but for its last token, which the first `ne
 waits for another, and the loop makes `T - min(r)` steps.
 """
 
+from numbers import Number
+
 import numpy as np
 from keras import ops
+
+from keras_xlstm.ops.checks import as_tensor, check_ids, repr
 
 EMPTY = -1  # a column that is not generated yet: no token, so no stop token either
 SMALLEST_BUCKET = 16
 
 
-def add_prompt(inputs):
+def add_prompt(inputs, vocabulary_size):
     """Adds the columns `"prompt"` (B, P) that hold all prompts; runs before compilation.
 
     P is a power of two, so that few compilations serve prompts of all lengths.
 
     Raises:
-        ValueError: if a row has no prompt, or one that does not start at its left end.
+        ValueError: if a row has no prompt, or one that does not start at its left end, or a token
+            is not in the vocabulary.
     """
-    mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
-    token_ids = ops.convert_to_tensor(inputs["token_ids"], "int32")
-    if mask.ndim != 2 or tuple(token_ids.shape) != mask.shape:
+    token_ids = check_inputs("inputs", inputs, vocabulary_size)
+    mask = as_tensor("padding_mask", inputs["padding_mask"], "flag")
+    mask = np.asarray(ops.convert_to_numpy(mask))
+    token_ids = np.asarray(ops.convert_to_numpy(token_ids))
+    check_ids("token_ids", token_ids, vocabulary_size)
+    if token_ids.shape != mask.shape or len(mask) == 0:
         raise ValueError(
-            "`token_ids` and `padding_mask` must both have the shape (batch, length). Received: "
-            f"token_ids.shape={tuple(token_ids.shape)}, padding_mask.shape={mask.shape}."
+            "`token_ids` and `padding_mask` must both have the shape (batch, length), and at least "
+            f"one row. Received: token_ids.shape={token_ids.shape}, "
+            f"padding_mask.shape={mask.shape}."
         )
+    token_ids = ops.convert_to_tensor(token_ids, "int32")
     T, lengths = mask.shape[1], mask.sum(1)
     is_prefix = (mask == (np.arange(T) < lengths[:, None])).all(1)
     bad = np.flatnonzero(~is_prefix | (lengths == 0))
@@ -49,6 +59,38 @@ def add_prompt(inputs):
     P = min(T, max(SMALLEST_BUCKET, 1 << int(lengths.max() - 1).bit_length()))
     mask = ops.convert_to_tensor(mask)
     return {"token_ids": token_ids, "padding_mask": mask, "prompt": token_ids[:, :P]}
+
+
+def check_inputs(name, inputs, vocabulary_size):
+    """Checks what a model without a preprocessor takes, and returns its token ids.
+
+    Raises:
+        ValueError: if it is something else. Of what is on a device, token ids are not looked at.
+    """
+    if not isinstance(inputs, dict) or not {"token_ids", "padding_mask"} <= set(inputs):
+        received = f"a dict of {sorted(inputs)}" if isinstance(inputs, dict) else repr(inputs)
+        raise ValueError(
+            f"`{name}` must be a dict of `token_ids` and `padding_mask`, as this model has no "
+            f"preprocessor that makes them of texts. Received: {received}."
+        )
+    return check_ids("token_ids", inputs["token_ids"], vocabulary_size)
+
+
+def check_texts(name, texts):
+    """Checks what a model with a preprocessor takes. Data sets and tensors are not looked at.
+
+    Raises:
+        ValueError: if it is nothing of which a tokenizer makes token ids.
+    """
+    numbers_only = isinstance(texts, np.ndarray) and texts.dtype.kind not in "OUS"
+    good = not (texts is None or numbers_only or isinstance(texts, (dict, Number)))
+    if isinstance(texts, (list, tuple)):
+        good = len(texts) > 0 and all(isinstance(text, (str, bytes)) for text in texts)
+    if not good:
+        raise ValueError(
+            f"`{name}` must be texts, at least one. Received: {repr(texts)}. For token ids, make "
+            "the model with `preprocessor=None`."
+        )
 
 
 class Alignment:

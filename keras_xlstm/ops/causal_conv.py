@@ -1,6 +1,6 @@
 from keras import ops
 
-from keras_xlstm.ops.checks import check_shapes
+from keras_xlstm.ops.checks import as_flags, as_tensor, check_positive_int, check_shapes
 from keras_xlstm.ops.masks import steps_that_happen, take_steps
 
 
@@ -36,11 +36,9 @@ def causal_conv1d(
     y, state = causal_conv1d(x, keras.random.normal((4, 8)), return_state=True)
     ```
     """
-    x, kernel = ops.convert_to_tensor(x), ops.convert_to_tensor(kernel)
-    mask, reset = (
-        None if flag is None else ops.cast(ops.convert_to_tensor(flag), "bool")
-        for flag in (mask, reset)
-    )
+    x, kernel = as_tensor("x", x), as_tensor("kernel", kernel)
+    bias = None if bias is None else as_tensor("bias", bias)
+    mask, reset = as_flags(mask=mask, reset=reset)
     check_shapes(
         x=(x, "B S D"),
         kernel=(kernel, "K D"),
@@ -49,9 +47,11 @@ def causal_conv1d(
         reset=(reset, "B S"),
     )
     K = kernel.shape[0]
+    check_positive_int(K=K)
     if initial_state is None:
         initial_state = ops.zeros((ops.shape(x)[0], K - 1, x.shape[-1]), dtype="float32")
     else:
+        initial_state = as_tensor("initial_state", initial_state)
         check_shapes(x=(x, "B S D"), initial_state=(initial_state, f"B {K - 1} D"))
 
     inputs = x

@@ -1,5 +1,7 @@
 from keras import ops
 
+from keras_xlstm.ops.checks import as_tensor, check_shapes
+
 
 def steps_that_happen(mask):
     """Where the steps that happen stand, and each step's place among them.
@@ -40,6 +42,7 @@ def segment_starts(segment_ids):
     keras_xlstm.ops.segment_starts([[1, 1, 2, 2, 2, 3]])  # [[0, 0, 1, 0, 0, 1]]
     ```
     """
-    ids = ops.cast(segment_ids, "int32")
+    ids = as_tensor("segment_ids", segment_ids, "int")
+    check_shapes(segment_ids=(ids, "B S"))
     changes = ops.not_equal(ids[:, 1:], ids[:, :-1])
     return ops.concatenate([ops.zeros_like(ids[:, :1], "bool"), changes], axis=1)

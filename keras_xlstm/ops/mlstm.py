@@ -27,7 +27,15 @@ from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
-from keras_xlstm.ops.checks import check_positive_int, check_shapes
+from keras_xlstm.ops.checks import (
+    as_flags,
+    as_tensor,
+    check_positive,
+    check_positive_int,
+    check_shapes,
+    check_state,
+    given,
+)
 from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
 
@@ -67,7 +75,7 @@ def mlstm(
         return_state: bool, whether to return the state after the last step.
         chunk_size: int, steps a chunk, in kernels that have chunks. `None` lets the kernel choose.
             It changes speed and memory, not the numbers.
-        eps: float, added to the denominator.
+        eps: positive float, added to the denominator.
         kernel: string, a name from `keras_xlstm.kernels.available()`, or `"auto"`.
 
     Returns:
@@ -141,7 +149,18 @@ def mlstm_step(q, k, v, i, f, state, *, mask=None, reset=None, eps=1e-6):
     h, state = mlstm_step(q, k, v, i, f, mlstm_zero_state(2, 4, 16, 16))
     ```
     """
-    sequence = [ops.expand_dims(ops.convert_to_tensor(x), 1) for x in (q, k, v, i, f)]
+    q, k, v, i, f = (as_tensor(*pair) for pair in zip("qkvif", (q, k, v, i, f), strict=True))
+    mask, reset = as_flags(mask=mask, reset=reset)
+    check_shapes(
+        q=(q, "B NH DHQK"),
+        k=(k, "B NH DHQK"),
+        v=(v, "B NH DHHV"),
+        i=(i, "B NH"),
+        f=(f, "B NH"),
+        mask=(mask, "B"),
+        reset=(reset, "B"),
+    )
+    sequence = [ops.expand_dims(x, 1) for x in (q, k, v, i, f)]
     mask, reset = (x if x is None else ops.expand_dims(x, 1) for x in (mask, reset))
     h, state = mlstm(
         *sequence,
@@ -156,6 +175,7 @@ def mlstm_step(q, k, v, i, f, state, *, mask=None, reset=None, eps=1e-6):
 
 def mlstm_zero_state(batch_size, num_heads, key_dim, value_dim):
     """The state before the first step, float32: C, n and m, all zero."""
+    check_positive_int(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim)
     lead = (batch_size, num_heads)
     shapes = lead + (key_dim, value_dim), lead + (key_dim,), lead
     return tuple(ops.zeros(shape, dtype="float32") for shape in shapes)
@@ -175,18 +195,8 @@ def prepare(
     eps=1e-6,
 ):
     """Checks the arguments of `mlstm`, and turns them into those of a kernel."""
-    q, k, v, i, f = (ops.convert_to_tensor(x) for x in (q, k, v, i, f))
-    mask, reset = (x if x is None else ops.convert_to_tensor(x) for x in (mask, reset))
-    if initial_state is not None and len(initial_state) != 3:
-        raise ValueError(
-            "`initial_state` must hold the three tensors C, n and m. "
-            f"Received: {len(initial_state)} of them."
-        )
-    C, n, m = (
-        (None, None, None)
-        if initial_state is None
-        else (ops.cast(ops.convert_to_tensor(x), "float32") for x in initial_state)
-    )
+    q, k, v, i, f = (as_tensor(*pair) for pair in zip("qkvif", (q, k, v, i, f), strict=True))
+    mask, reset = as_flags(mask=mask, reset=reset)
     check_shapes(
         q=(q, "B S NH DHQK"),
         k=(k, "B S NH DHQK"),
@@ -195,16 +205,19 @@ def prepare(
         f=(f, "B S NH"),
         mask=(mask, "B S"),
         reset=(reset, "B S"),
-        C=(C, "B NH DHQK DHHV"),
-        n=(n, "B NH DHQK"),
-        m=(m, "B NH"),
     )
-    if chunk_size is not None:
-        check_positive_int(chunk_size=chunk_size)
-    state = (C, n, m)
-    if C is None:
-        NH, DHQK, DHHV = q.shape[2], q.shape[3], v.shape[3]
+    NH, DHQK, DHHV = q.shape[2], q.shape[3], v.shape[3]
+    check_positive_int(NH=NH, DHQK=DHQK, DHHV=DHHV, **given(chunk_size=chunk_size))
+    check_positive(eps=eps)
+    if initial_state is None:
         state = mlstm_zero_state(ops.shape(q)[0], NH, DHQK, DHHV)
+    else:
+        shapes = {"C": (NH, DHQK, DHHV), "n": (NH, DHQK), "m": (NH,)}
+        check_state(initial_state, shapes, q.shape[0])
+        state = tuple(
+            ops.cast(as_tensor(name, x), "float32")
+            for x, name in zip(initial_state, shapes, strict=True)
+        )
     i, log_f, s = masked_gates(i, f, mask, reset)
     return (q, k, v, i, log_f, s, state), dict(chunk_size=chunk_size, eps=eps)
 
@@ -214,11 +227,11 @@ def masked_gates(i, f, mask, reset):
     i = s = bounded(ops.cast(i, "float32"))
     log_f = ops.log_sigmoid(bounded(ops.cast(f, "float32")))
     if reset is not None:
-        at_reset = ops.cast(reset, "bool")[:, :, None]
+        at_reset = reset[:, :, None]
         s = ops.where(at_reset, ops.maximum(i, log_f), i)
         log_f = ops.where(at_reset, NEVER, log_f)
     if mask is not None:
-        happens = ops.cast(mask, "bool")[:, :, None]
+        happens = mask[:, :, None]
         i, s = (ops.where(happens, x, NEVER) for x in (i, s))
         log_f = ops.where(happens, log_f, ops.zeros_like(log_f))
     return i, log_f, s

@@ -21,7 +21,13 @@ from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_xlstm import kernels
-from keras_xlstm.ops.checks import check_shapes
+from keras_xlstm.ops.checks import (
+    as_flags,
+    as_tensor,
+    check_positive_int,
+    check_shapes,
+    check_state,
+)
 from keras_xlstm.ops.mlstm import MAX_EXPONENT, bounded, nothing_given, step_by_step
 from keras_xlstm.ops.products import exact
 from keras_xlstm.ops.scan import scan
@@ -108,9 +114,11 @@ def slstm_step(
     h, state = slstm_step(gates, kernel, keras.ops.zeros((4, 3, 8)), slstm_zero_state(2, 3, 8))
     ```
     """
+    gates, (mask, reset) = as_tensor("gates", gates), as_flags(mask=mask, reset=reset)
+    check_shapes(gates=(gates, "B 4 NH DH"), mask=(mask, "B"), reset=(reset, "B"))
     mask, reset = (x if x is None else ops.expand_dims(x, 1) for x in (mask, reset))
     h, state = slstm(
-        ops.expand_dims(ops.convert_to_tensor(gates), 1),
+        ops.expand_dims(gates, 1),
         recurrent_kernel,
         bias,
         initial_state=state,
@@ -124,6 +132,7 @@ def slstm_step(
 
 def slstm_zero_state(batch_size, num_heads, head_dim):
     """The state before the first step, float32: h, c, n and m, all zero."""
+    check_positive_int(num_heads=num_heads, head_dim=head_dim)
     return tuple(ops.zeros((batch_size, num_heads, head_dim), dtype="float32") for _ in range(4))
 
 
@@ -138,20 +147,12 @@ def prepare(
     return_state=False,
 ):
     """Checks the arguments of `slstm`, and turns them into those of a kernel."""
-    gates, recurrent_kernel, bias = (
-        ops.convert_to_tensor(x) for x in (gates, recurrent_kernel, bias)
-    )
-    mask, reset = (
-        x if x is None else ops.cast(ops.convert_to_tensor(x), "bool") for x in (mask, reset)
-    )
-    if initial_state is not None and len(initial_state) != 4:
-        raise ValueError(
-            "`initial_state` must hold the four tensors h, c, n and m. "
-            f"Received: {len(initial_state)} of them."
-        )
-    state = [None] * 4
-    if initial_state is not None:
-        state = [ops.cast(ops.convert_to_tensor(x), "float32") for x in initial_state]
+    gates = as_tensor("gates", gates)
+    recurrent_kernel = as_tensor("recurrent_kernel", recurrent_kernel)
+    bias = as_tensor("bias", bias)
+    if recurrent_scale is not None:
+        recurrent_scale = ops.cast(as_tensor("recurrent_scale", recurrent_scale), "float32")
+    mask, reset = as_flags(mask=mask, reset=reset)
     check_shapes(
         gates=(gates, "B S 4 NH DH"),
         recurrent_kernel=(recurrent_kernel, "NH DH 4 DH"),
@@ -159,17 +160,20 @@ def prepare(
         mask=(mask, "B S"),
         reset=(reset, "B S"),
         recurrent_scale=(recurrent_scale, "B NH DH"),
-        **{name: (x, "B NH DH") for name, x in zip("hcnm", state, strict=True)},
     )
+    NH, DH = gates.shape[3:]
+    check_positive_int(NH=NH, DH=DH)
     if initial_state is None:
-        state = slstm_zero_state(ops.shape(gates)[0], gates.shape[3], gates.shape[4])
+        state = slstm_zero_state(ops.shape(gates)[0], NH, DH)
+    else:
+        check_state(initial_state, dict.fromkeys("hcnm", (NH, DH)), gates.shape[0])
+        state = (as_tensor(*pair) for pair in zip("hcnm", initial_state, strict=True))
+        state = tuple(ops.cast(x, "float32") for x in state)
     if mask is not None and reset is not None:
         reset = ops.logical_and(reset, mask)
     recurrent_kernel, bias = (ops.cast(x, "float32") for x in (recurrent_kernel, bias))
-    if recurrent_scale is not None:
-        recurrent_scale = ops.cast(recurrent_scale, "float32")
     gates = bounded(gates)
-    return (gates, recurrent_kernel, bias, tuple(state), mask, reset, recurrent_scale), {}
+    return (gates, recurrent_kernel, bias, state, mask, reset, recurrent_scale), {}
 
 
 def step(gates, recurrent_kernel, bias, state, recurrent_scale=None):

@@ -1,13 +1,14 @@
 from keras import ops
 
 from keras_xlstm import kernels
+from keras_xlstm.ops.checks import as_tensor, check_cap
 
 
 def soft_cap(x, cap):
     """Squashes `x` smoothly into (-cap, cap): `cap * tanh(x / cap)`.
 
     Args:
-        x: tensor.
+        x: float tensor.
         cap: positive float, or `None` for no cap.
 
     Returns:
@@ -23,9 +24,8 @@ def soft_cap(x, cap):
     """
     if cap is None:
         return x
-    if cap <= 0:
-        raise ValueError(f"`cap` must be positive, or None for no cap. Received: cap={cap}.")
-    args = ops.convert_to_tensor(x), cap
+    check_cap(cap=cap)
+    args = as_tensor("x", x), cap
     return kernels.choose("soft_cap", "auto", args, {}).run(*args)
 
 
