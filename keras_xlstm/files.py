@@ -42,9 +42,10 @@ def saving(folder, variables=()):
             there must be room for them before it begins.
 
     Raises:
+        ValueError: if `folder` is no path.
         OSError: if anything cannot be written. Then `folder` is as it was.
     """
-    target = Path(folder)
+    target = _path(folder)
     new, is_made = target / SAVING, not target.exists()
     with _named(folder):
         try:
@@ -78,7 +79,7 @@ def saving_file(path, variables=()):
     Raises:
         OSError: if it cannot be written. Then what stood there is as it was.
     """
-    path = Path(path)
+    path = _path(path)
     new = path.with_name(f"{SAVING}-{path.name}")
     with _named(path):
         try:
@@ -105,6 +106,12 @@ def finish(folder):
             place.parent.mkdir(parents=True, exist_ok=True)
             path.replace(place)
     shutil.rmtree(saved)
+
+
+def _path(path):
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"`path` must be a string or a path, to save to. Received: {path!r}.")
+    return Path(path)
 
 
 def _check_room(path, variables):

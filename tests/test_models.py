@@ -102,6 +102,7 @@ class KerasHubTest(TestCase):
     def test_task_large(self):
         self._task("large_with_slstm")
 
+    @pytest.mark.long  # and that of large blocks always
     def test_task_original(self):
         self._task("original_with_slstm")
 
