@@ -26,7 +26,7 @@ class SequenceParallel(keras.distribution.ModelParallel):
         **kwargs: as for `keras.distribution.ModelParallel`.
 
     Raises:
-        ValueError: if the mesh has no such axis.
+        ValueError: if the mesh has no such axis, or the backend is not JAX.
 
     Example:
 
@@ -56,6 +56,11 @@ class SequenceParallel(keras.distribution.ModelParallel):
             raise ValueError(
                 "`batch_dim_name` and `sequence_dim_name` must differ: an axis splits one of them. "
                 f"Received: {batch_dim_name!r} for both."
+            )
+        if keras.backend.backend() != "jax":
+            raise ValueError(
+                "`SequenceParallel` needs JAX, the one backend that Keras distributes on. "
+                f"Received: {keras.backend.backend()}. Set KERAS_BACKEND=jax."
             )
 
     @property

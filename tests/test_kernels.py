@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_xlstm import kernels
+from keras_xlstm.distribution import SequenceParallel
 from keras_xlstm.ops import (
     causal_conv1d,
     mlstm,
@@ -447,3 +448,10 @@ h = compiled(wide, wide, wide, gate, gate)
 assert torch.equal(h, ops.mlstm(wide, wide, wide, gate, gate)), h
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="of the other backends")
+def test_sequences_are_split_on_jax_only():
+    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "sequence"), ["cpu:0"])
+    with pytest.raises(ValueError, match="needs JAX.*Received: (torch|tensorflow)"):
+        SequenceParallel(layout_map=keras.distribution.LayoutMap(mesh))
