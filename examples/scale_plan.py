@@ -11,7 +11,7 @@ no TPU is needed. Of each program the table says
 
     pip install -e ".[jax,hub]" libtpu
     python examples/scale_plan.py                                          the table, hours
-    python examples/scale_plan.py v5p:2x2x1 batch=4 8x8192 --layers 2      a row of it, minutes
+    python examples/scale_plan.py v5p:2x2x1 batch=4 4x8192 --num_layers 2   a row of it, minutes
     python examples/scale_plan.py v5p:2x2x1 batch=1,model=4 --decode 64
 
 A row is a topology, a mesh, and tokens as BATCHxLENGTH. The axes of the mesh say how it is shared
