@@ -12,7 +12,7 @@ from keras_xlstm.models import XLSTMBackbone, XLSTMCausalLM
 BACKEND = keras.backend.backend()
 STYLES = {
     "large": dict(slstm_at=(1,)),
-    "original": dict(slstm_at=(1,), block_style="original", dropout=0.1),
+    "original": dict(slstm_at=(1,), block_style="original"),
 }
 each_style = pytest.mark.parametrize("style", STYLES)
 

@@ -186,6 +186,19 @@ def check_positive(**named):
             raise ValueError(f"`{name}` must be a positive number. Received: {name}={repr(value)}.")
 
 
+def check_widths(**named):
+    """Of shapes: while torch traces, for OpenVINO, they are tensors, which cannot be checked."""
+    check_positive_int(**{name: x for name, x in named.items() if is_int(x)})
+
+
+def check_not_negative(**named):
+    for name, value in named.items():
+        if not is_number(value) or value < 0:
+            raise ValueError(
+                f"`{name}` must be a finite number, 0 or larger. Received: {name}={repr(value)}."
+            )
+
+
 def check_number(**named):
     for name, value in named.items():
         if not is_number(value):

@@ -30,10 +30,11 @@ from keras_xlstm import kernels
 from keras_xlstm.ops.checks import (
     as_flags,
     as_tensor,
-    check_positive,
+    check_not_negative,
     check_positive_int,
     check_shapes,
     check_state,
+    check_widths,
     given,
 )
 from keras_xlstm.ops.products import exact
@@ -75,7 +76,7 @@ def mlstm(
         return_state: bool, whether to return the state after the last step.
         chunk_size: int, steps a chunk, in kernels that have chunks. `None` lets the kernel choose.
             It changes speed and memory, not the numbers.
-        eps: positive float, added to the denominator.
+        eps: float, not negative, added to the denominator.
         kernel: string, a name from `keras_xlstm.kernels.available()`, or `"auto"`.
 
     Returns:
@@ -207,8 +208,9 @@ def prepare(
         reset=(reset, "B S"),
     )
     NH, DHQK, DHHV = q.shape[2], q.shape[3], v.shape[3]
-    check_positive_int(NH=NH, DHQK=DHQK, DHHV=DHHV, **given(chunk_size=chunk_size))
-    check_positive(eps=eps)
+    check_widths(NH=NH, DHQK=DHQK, DHHV=DHHV)
+    check_positive_int(**given(chunk_size=chunk_size))
+    check_not_negative(eps=eps)
     if initial_state is None:
         state = mlstm_zero_state(ops.shape(q)[0], NH, DHQK, DHHV)
     else:

@@ -27,6 +27,7 @@ from keras_xlstm.ops.checks import (
     check_positive_int,
     check_shapes,
     check_state,
+    check_widths,
 )
 from keras_xlstm.ops.mlstm import MAX_EXPONENT, bounded, nothing_given, step_by_step
 from keras_xlstm.ops.products import exact
@@ -162,7 +163,7 @@ def prepare(
         recurrent_scale=(recurrent_scale, "B NH DH"),
     )
     NH, DH = gates.shape[3:]
-    check_positive_int(NH=NH, DH=DH)
+    check_widths(NH=NH, DH=DH)
     if initial_state is None:
         state = slstm_zero_state(ops.shape(gates)[0], NH, DH)
     else:
