@@ -1,6 +1,6 @@
 from keras import ops
 
-from keras_xlstm.ops.checks import as_flags, as_tensor, check_positive_int, check_shapes
+from keras_xlstm.ops.checks import as_flags, as_tensor, check_shapes, check_widths
 from keras_xlstm.ops.masks import steps_that_happen, take_steps
 
 
@@ -47,7 +47,7 @@ def causal_conv1d(
         reset=(reset, "B S"),
     )
     K = kernel.shape[0]
-    check_positive_int(K=K)
+    check_widths(K=K)
     if initial_state is None:
         initial_state = ops.zeros((ops.shape(x)[0], K - 1, x.shape[-1]), dtype="float32")
     else:

@@ -212,7 +212,7 @@ def prepare(
     check_positive_int(**given(chunk_size=chunk_size))
     check_not_negative(eps=eps)
     if initial_state is None:
-        state = mlstm_zero_state(ops.shape(q)[0], NH, DHQK, DHHV)
+        state = mlstm_zero_state(ops.shape(q)[0], int(NH), int(DHQK), int(DHHV))
     else:
         shapes = {"C": (NH, DHQK, DHHV), "n": (NH, DHQK), "m": (NH,)}
         check_state(initial_state, shapes, q.shape[0])

@@ -165,7 +165,7 @@ def prepare(
     NH, DH = gates.shape[3:]
     check_widths(NH=NH, DH=DH)
     if initial_state is None:
-        state = slstm_zero_state(ops.shape(gates)[0], NH, DH)
+        state = slstm_zero_state(ops.shape(gates)[0], int(NH), int(DH))
     else:
         check_state(initial_state, dict.fromkeys("hcnm", (NH, DH)), gates.shape[0])
         state = (as_tensor(*pair) for pair in zip("hcnm", initial_state, strict=True))
