@@ -7,11 +7,10 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm.files import saving_file
+from keras_xlstm.ops.checks import check_ids, check_positive_int, repr
 
 if keras.backend.backend() == "torch":
     import torch
-
-from keras_xlstm.ops.checks import check_ids, check_positive_int, repr
 
 
 def pack(documents, sequence_length, pad_token_id=0):

@@ -159,6 +159,13 @@ def check_state(state, shapes, batch_size, flat=False, name="initial_state"):
             _refuse_state(name, shapes, batch_size, f"{key}.shape={given}")
 
 
+def as_state(state, shapes, batch_size):
+    """The same, and the state as float32 tensors."""
+    check_state(state, shapes, batch_size)
+    pairs = zip(shapes, state, strict=True)
+    return tuple(ops.cast(as_tensor(name, x), "float32") for name, x in pairs)
+
+
 def _refuse_state(name, shapes, batch_size, received):
     B = "B" if batch_size is None else batch_size
     wanted = [f"{key} ({', '.join(map(str, (B, *shape)))})" for key, shape in shapes.items()]
@@ -173,17 +180,7 @@ def _differ(shape, other):
 
 
 def check_positive_int(**named):
-    for name, value in named.items():
-        if not is_int(value) or value < 1:
-            raise ValueError(
-                f"`{name}` must be a positive integer. Received: {name}={repr(value)}."
-            )
-
-
-def check_positive(**named):
-    for name, value in named.items():
-        if not is_number(value) or value <= 0:
-            raise ValueError(f"`{name}` must be a positive number. Received: {name}={repr(value)}.")
+    _check(named, "be a positive integer", lambda x: is_int(x) and x >= 1)
 
 
 def check_widths(**named):
@@ -191,33 +188,31 @@ def check_widths(**named):
     check_positive_int(**{name: x for name, x in named.items() if is_int(x)})
 
 
-def check_not_negative(**named):
-    for name, value in named.items():
-        if not is_number(value) or value < 0:
-            raise ValueError(
-                f"`{name}` must be a finite number, 0 or larger. Received: {name}={repr(value)}."
-            )
-
-
 def check_number(**named):
-    for name, value in named.items():
-        if not is_number(value):
-            raise ValueError(f"`{name}` must be a finite number. Received: {name}={repr(value)}.")
+    _check(named, "be a finite number", is_number)
+
+
+def check_positive(**named):
+    _check(named, "be a positive number", lambda x: is_number(x) and x > 0)
+
+
+def check_not_negative(**named):
+    _check(named, "be a finite number, 0 or larger", lambda x: is_number(x) and x >= 0)
 
 
 def check_cap(**named):
-    for name, value in named.items():
-        if value is not None and (not is_number(value) or value <= 0):
-            raise ValueError(
-                f"`{name}` must be a positive number, or None for no cap. "
-                f"Received: {name}={repr(value)}."
-            )
+    rule = "be a positive number, or None for no cap"
+    _check(named, rule, lambda x: x is None or (is_number(x) and x > 0))
 
 
 def check_rate(**named):
+    _check(named, "lie in [0, 1)", lambda x: is_number(x) and 0 <= x < 1)
+
+
+def _check(named, rule, fits):
     for name, value in named.items():
-        if not is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"`{name}` must lie in [0, 1). Received: {name}={repr(value)}.")
+        if not fits(value):
+            raise ValueError(f"`{name}` must {rule}. Received: {name}={repr(value)}.")
 
 
 def check_kernel(kernel):

@@ -29,11 +29,11 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import (
     as_flags,
+    as_state,
     as_tensor,
     check_not_negative,
     check_positive_int,
     check_shapes,
-    check_state,
     check_widths,
     given,
 )
@@ -215,11 +215,7 @@ def prepare(
         state = mlstm_zero_state(ops.shape(q)[0], int(NH), int(DHQK), int(DHHV))
     else:
         shapes = {"C": (NH, DHQK, DHHV), "n": (NH, DHQK), "m": (NH,)}
-        check_state(initial_state, shapes, q.shape[0])
-        state = tuple(
-            ops.cast(as_tensor(name, x), "float32")
-            for x, name in zip(initial_state, shapes, strict=True)
-        )
+        state = as_state(initial_state, shapes, q.shape[0])
     i, log_f, s = masked_gates(i, f, mask, reset)
     return (q, k, v, i, log_f, s, state), dict(chunk_size=chunk_size, eps=eps)
 

@@ -23,10 +23,10 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras_xlstm import kernels
 from keras_xlstm.ops.checks import (
     as_flags,
+    as_state,
     as_tensor,
     check_positive_int,
     check_shapes,
-    check_state,
     check_widths,
 )
 from keras_xlstm.ops.mlstm import MAX_EXPONENT, bounded, nothing_given, step_by_step
@@ -167,9 +167,7 @@ def prepare(
     if initial_state is None:
         state = slstm_zero_state(ops.shape(gates)[0], int(NH), int(DH))
     else:
-        check_state(initial_state, dict.fromkeys("hcnm", (NH, DH)), gates.shape[0])
-        state = (as_tensor(*pair) for pair in zip("hcnm", initial_state, strict=True))
-        state = tuple(ops.cast(x, "float32") for x in state)
+        state = as_state(initial_state, dict.fromkeys("hcnm", (NH, DH)), gates.shape[0])
     if mask is not None and reset is not None:
         reset = ops.logical_and(reset, mask)
     recurrent_kernel, bias = (ops.cast(x, "float32") for x in (recurrent_kernel, bias))
