@@ -12,6 +12,7 @@ class Composite(keras.layers.Layer):
     """
 
     is_recomputed_in_parts = False
+    changes_when_called = False  # a state or a seed, which must not move on twice
 
     def get_config(self):
         config, default = super().get_config(), self.dtype_policy
@@ -23,10 +24,21 @@ class Composite(keras.layers.Layer):
         return config
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """As in Keras, of a function of float tensors: frameworks trace flags, or refuse."""
+        """As in Keras, of a function of float tensors: frameworks trace flags, or refuse.
+
+        Raises:
+            ValueError: if the second computation would not be the first one again.
+        """
         mode = self._remat_mode and self._remat_mode.mode
         if mode is None or (mode == "full" and self.is_recomputed_in_parts):
             return layer_call
+        is_named = mode == "list_of_layers" and self.name in self._remat_mode.layer_names
+        if self.changes_when_called and (mode in ("full", "larger_than") or is_named):
+            raise ValueError(
+                "`keras.RematScope` needs layers that can be computed again: not those with "
+                "dropout, which would draw anew, nor `stateful=True`, whose state would move on "
+                f"twice. Received: {self.name!r}. Create it outside of the scope."
+            )
         if mode == "full":  # nothing in it twice
             for layer in self._flatten_layers(include_self=False):
                 layer._remat_mode = None

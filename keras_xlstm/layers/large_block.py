@@ -5,6 +5,7 @@ from keras_xlstm.layers.feed_forward import GatedFeedForward
 from keras_xlstm.layers.initializers import PowerlawForgetBias, small_init, wang_init
 from keras_xlstm.layers.mlstm import MLSTM
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
+from keras_xlstm.layers.recurrent import flat_shapes
 from keras_xlstm.layers.slstm import SLSTM
 from keras_xlstm.ops.checks import (
     check_cap,
@@ -164,8 +165,7 @@ class XLSTMLargeBlock(Block):
 
     @property
     def state_shapes(self):
-        cell = self.mixer.cell
-        return {name: (size,) for name, size in zip(cell.state_names, cell.state_size, strict=True)}
+        return flat_shapes(self.mixer.cell)
 
     def mix(self, x, state, mask, reset):
         y, *state = self.mixer(self.norm(x), initial_state=state, mask=mask, reset=reset)

@@ -107,6 +107,10 @@ class MLSTMCell(Composite, DropoutRNNCell):
         self.output_size = units
         self.input_spec = keras.layers.InputSpec(ndim=2)
 
+    @property
+    def changes_when_called(self):
+        return self.dropout > 0
+
     def build(self, input_shape):
         self.input_spec = features_spec(input_shape, ndim=2)
         NH = self.num_heads

@@ -25,10 +25,14 @@ def flat_state(state, sizes):
     return [ops.reshape(x, (-1, size)) for x, size in zip(state, sizes, strict=True)]
 
 
+def flat_shapes(cell):
+    """The name of each tensor of a cell's state, and its shape in each row."""
+    return {name: (size,) for name, size in zip(cell.state_names, cell.state_size, strict=True)}
+
+
 def checked_state(cell, state, batch_size, name="initial_state"):
     """What a caller hands in as the state of a cell, flat, in the dtypes that it came in."""
-    shapes = {key: (size,) for key, size in zip(cell.state_names, cell.state_size, strict=True)}
-    check_state(state, shapes, batch_size, flat=True, name=name)
+    check_state(state, flat_shapes(cell), batch_size, flat=True, name=name)
     state = [as_tensor(*pair) for pair in zip(cell.state_names, state, strict=True)]
     return flat_state(state, cell.state_size)
 
@@ -47,6 +51,10 @@ class Recurrent(Composite, keras.layers.RNN):
     def __init__(self, cell, **kwargs):
         super().__init__(cell, autocast=False, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    @property
+    def changes_when_called(self):
+        return self.stateful or self.cell.changes_when_called
 
     def build(self, sequences_shape):
         self.input_spec = features_spec(sequences_shape)

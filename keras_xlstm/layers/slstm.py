@@ -174,6 +174,10 @@ class SLSTMCell(Composite, DropoutRNNCell):
         self.input_spec = keras.layers.InputSpec(ndim=2)
 
     @property
+    def changes_when_called(self):
+        return max(self.dropout, self.recurrent_dropout) > 0
+
+    @property
     def kernel(self):
         return self.recurrence.kernel
 
