@@ -50,7 +50,7 @@ def names():
         layer.build((B, S, D))
     tokenizer = models.XLSTMTokenizer.byte_level()
     preprocessor = models.XLSTMCausalLMPreprocessor(tokenizer, sequence_length=8)
-    backbone = models.XLSTMBackbone(258, 2, 8, 2, slstm_at=(1,))
+    backbone = models.XLSTMBackbone(258, 2, 8, 2, slstm_at=(1,), name="xlstm_backbone")
     built |= {
         "tok": tokenizer,
         "pre": preprocessor,
