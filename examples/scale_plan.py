@@ -85,6 +85,11 @@ def distribution(topology, axes):
         if "model" in axes
         else keras.distribution.LayoutMap(mesh)
     )
+    if "model" not in axes:
+        # Or else, of weights that are spread, the compiler may take the axis: logits would then be
+        # sums over chips, of all rows on each.
+        steps = "sequence" if "sequence" in axes else None
+        layout_map["token_embedding/output$"] = ("batch", steps, None)
     cls = SequenceParallel if "sequence" in axes else keras.distribution.ModelParallel
     return cls(layout_map=layout_map, batch_dim_name="batch")
 
@@ -263,8 +268,10 @@ def kernel_flops(config, batch, length, decode):
     return 2 * batch * length * NH * config["num_layers"] * (L * (qk + v) + 2 * qk * v)
 
 
-def parameters(config):
-    return build(config, "float32").count_params()
+def weights_in_products(config):
+    """All but the embedding, which is looked up."""
+    looked_up = config["vocabulary_size"] * config["hidden_dim"]
+    return build(config, "float32").count_params() - looked_up
 
 
 class Program(NamedTuple):
@@ -322,7 +329,8 @@ def line(program, topology, axes, batch, length, config=LARGE, decode=False, mar
     }
     limit = max(times, key=times.get)
     chips, passes = math.prod(axes.values()), 1 if decode else 3
-    useful = 2 * parameters(config) * batch * length + kernel_flops(config, batch, length, decode)
+    useful = 2 * weights_in_products(config) * batch * length
+    useful += kernel_flops(config, batch, length, decode)
     mfu = passes * useful / chips / (chip.products * 1e12) / (times[limit] / 1e3)
     mesh = ",".join(f"{k}={v}" for k, v in axes.items())
     tokens = f"{batch}x{length}"

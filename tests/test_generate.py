@@ -91,8 +91,15 @@ def stops_in(outputs, inputs):
     return tuple(stops)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("block_style", ["large", "original"])
+@pytest.mark.parametrize(
+    "block_style, sampler",
+    [("large", sampler) for sampler in SAMPLERS]
+    + [
+        ("original", "greedy"),
+        pytest.param("original", "beam", marks=pytest.mark.long),
+        pytest.param("original", "contrastive", marks=pytest.mark.long),
+    ],
+)
 def test_each_row_gets_what_it_gets_alone(block_style, sampler):
     prompts = PROMPTS if sampler == "greedy" else PROMPTS[:4]
     model, inputs = generator(sampler, block_style), prompts_of(prompts)

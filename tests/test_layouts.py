@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from keras import ops, tree
 from layer_cases import LAYERS, SIZES, UNITS, assert_close, gradients, noisy, numpy, random
@@ -121,14 +121,6 @@ def apart(kind, layout, weights, x, state):
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, "stack"])
-@settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
 @example(Layout(ALL, NONE, set()))
 @example(Layout(ALL, THIRD, {1, 2, 4}))
 @example(Layout(THIRD, ALL, {3}))
