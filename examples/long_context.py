@@ -6,7 +6,7 @@
 Two language models of the same size learn from the same bytes of Python's standard library: one in
 windows of 512, one in windows of 65,536; a step reads as many tokens either way. Both then read
 1,000,000 bytes of other files, piece by piece with a state, and beside that with a fresh state
-every 512 bytes. Takes about ten minutes on two CPU cores. Leaves `long_context.png`.
+every 512 bytes. Takes about a quarter of an hour on two CPU cores. Leaves `long_context.png`.
 """
 
 import os

@@ -348,10 +348,10 @@ def line(program, topology, axes, batch, length, config=LARGE, decode=False, mar
 # The whole depth where it is None.
 TRAINING = [
     ("v5p:2x2x1", dict(batch=4), 4, 8192, None),
-    ("v5p:4x4x4", dict(batch=1, sequence=64), 1, 2**20, None),
+    ("v5p:4x4x4", dict(batch=1, sequence=64), 1, 2**20, (1, 2)),
     ("v5e:4x4", dict(batch=16), 16, 2048, None),
-    ("v6e:8x8", dict(batch=64), 64, 8192, (2, 4)),
-    ("v5p:4x4x4", dict(batch=64), 64, 8192, (2, 4)),
+    ("v6e:8x8", dict(batch=64), 64, 8192, (1, 2)),
+    ("v5p:4x4x4", dict(batch=64), 64, 8192, (1, 2)),
     ("v5p:2x2x1", dict(batch=1, model=4), 4, 8192, (2, 4)),
     ("v5p:4x4x4", dict(batch=8, model=8), 64, 8192, (2, 4)),
     ("v5p:2x2x1", dict(batch=1, sequence=4), 4, 8192, (2, 4)),
