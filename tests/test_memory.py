@@ -1,4 +1,4 @@
-"""`predict_memory`: shapes of built models to the byte, and steps as compiled programs hold them."""
+"""`predict_memory`: weights and states to the byte, steps as compiled programs hold them."""
 
 import math
 import os
@@ -45,6 +45,15 @@ def test_the_optimizer_that_is_passed_is_not_built():
     optimizer = keras.optimizers.SGD(momentum=0.9)
     memory = predict_memory(SIZES, 1, 1, optimizer=optimizer)
     assert memory.optimizer > memory.parameters and not optimizer.built
+
+
+def test_what_cannot_be_told():
+    """Found while the model is built of shapes, so that `bad_input.txt` has no row of it."""
+    message = "2 devices for axis 0 of `token_embedding/embeddings` of 49"
+    with pytest.raises(ValueError, match=f"`mesh` must divide what it splits. Received: {message}"):
+        predict_memory(SIZES | dict(vocabulary_size=49), 1, 1, mesh={"model": 2})
+    with pytest.raises(ValueError, match="`optimizer` must be one that .* Received: Adafactor."):
+        predict_memory(SIZES, 1, 1, optimizer="adafactor")
 
 
 def test_what_is_not_there_is_not_allocated():

@@ -50,8 +50,9 @@ def predict_memory(config, batch_size, sequence_length, optimizer="adamw", remat
 
     Nothing is allocated: the 7B is as quick as any. Of a train step of `XLSTMCausalLM` with its
     own loss. Parameters, gradients, optimizer and states are exact. Activations are those of a
-    step that XLA compiles for little memory, in 32 bits: `examples/memory_table.py` holds them to
-    what it reports. Of 16 bits XLA keeps float32 copies beside on a CPU, which are not counted.
+    step that XLA compiles for little memory, in 32 bits: `examples/README.md` has how far they
+    are off. On a CPU, XLA keeps float32 copies of 16 bits, which are not counted; PyTorch holds
+    other tensors of the loss and of the update of weights.
 
     Args:
         config: an `XLSTMBackbone`, or a dict of its arguments.
@@ -175,9 +176,9 @@ def _activations(backbone, rows, steps, model, remat):
     vocabulary = _share(backbone.vocabulary_size, model, "vocabulary_size")
     blocks = [_block(x, rows, steps, D, model, compute, remat) for x in backbone.stack.blocks]
     embedded = 2 * D * compute  # as looked up, and where ids are out of range
-    norm = 2 * D * compute  # of the stack: normalized, scaled
-    # Loops of all blocks write into the same zeros.
-    written = max(_written(block, rows, steps, D, model) for block in backbone.stack.blocks)
+    norm = 2 * D * compute  # of the stack: normalized and scaled, or centred
+    # Loops of all blocks of a kind write into the same zeros.
+    written = sum(set(_written(x, rows, steps, D, model) for x in backbone.stack.blocks))
     if remat:
         # The inputs of all blocks, and one that is computed again, but for its silu. The gradients
         # of its input come one for each projection. Of the logits: tanh of the cap, two of softmax.
@@ -207,15 +208,16 @@ def _block(block, rows, steps, D, model, compute, remat):
         return tokens * kept + _mlstm(rows, steps, NH, DHQK, DHHV, block.chunk_size, compute)
     if isinstance(block, MLSTMBlock):
         inner = block.head_dim * NH
-        # Of the block's width: its sum, what is normalized. Of the inner width: up-projection (2),
-        # convolution (2) and silu (2), query, key, all three side by side (3), the heads'
-        # normalized outputs, those with the skip, gate (2), what it lets through.
-        kept = compute * (2 * D + 15 * inner)
+        # Of the block's width: its sum, what is normalized, and centred. Of the inner width:
+        # up-projection (2), convolution (2), silu (2), query, key, all three side by side (3), the
+        # heads' normalized outputs, those with the skip, the gate's silu (2), what it lets through.
+        kept = compute * (3 * D + 16 * inner)
         heads = NH, block.head_dim, block.head_dim
         return tokens * kept + _mlstm(rows, steps, *heads, block.chunk_size, compute)
     F = block.ffn.intermediate_dim // model
-    # Sums, what is normalized; convolution (2) and silu (2); gate, up, erfc (2), gelu, product.
-    kept = compute * (4 * D + 4 * D + 6 * F)
+    # Sums (2), what is normalized (2), and centred (2); convolution (2) and silu (2); of the
+    # feed-forward layer gate, up, erfc (2), gelu, product.
+    kept = compute * (6 * D + 4 * D + 6 * F)
     return tokens * (kept + _slstm(D // model, compute))
 
 
