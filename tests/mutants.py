@@ -1,14 +1,16 @@
 """Are the tests able to fail? Changes one place of the numerics at a time, and runs some of them.
 
-python -m tests.mutants            all mutants, in a copy of the tree; takes long
+python -m tests.mutants            all mutants, in a copy of the tree
 python -m tests.mutants slstm      those of files with "slstm" in their path
 
-A mutant is killed when a test fails. Each changes numbers: those that cannot are no mutants.
+A mutant is killed when a test fails. Each changes numbers: those that cannot are no mutants. The
+tests run once without any, and must pass. One process a backend loads it, and forks for each run.
 """
 
+import multiprocessing
 import os
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -16,8 +18,6 @@ from pathlib import Path
 
 from tests.__main__ import FAST, QUIET, ROOT
 
-OF_OPS = ("test_causal_conv.py", "test_properties.py", "test_edges.py")
-OF_LAYERS = ("test_layers.py", "test_block_parts.py", "test_blocks.py", "test_layouts.py")
 LAYERS, OPS = "keras_xlstm/layers/", "keras_xlstm/ops/"
 TORCH = "backends/keras_xlstm_triton/"
 
@@ -48,7 +48,7 @@ MUTANTS = {
         ("c = F * c + I * ops.tanh(z)", "c = F * c + I * z"),
         ("    n = F * n + I\n", "    n = F * n + 1\n"),
         ("h = h * recurrent_scale", "pass"),
-        ("reset = ops.logical_and(reset, mask)", "pass"),
+        ("    I = ops.exp(i - m_new)", "    I = ops.exp(i)"),
         ("gates = bounded(gates)", "pass"),
     ],
     OPS + "causal_conv.py": [
@@ -121,12 +121,28 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def tests_of(path):
-    """The backend and the tests that judge a file."""
-    if path.startswith(LAYERS):
-        return "torch", OF_LAYERS
-    of_xla = path.endswith(("mlstm_chunks.py", "slstm_loop.py"))
-    return "jax" if of_xla else "torch", OF_OPS
+PROPERTIES, EDGES, CONV, OF_LAYERS, OF_BLOCKS = (
+    f"tests/test_{name}.py" for name in ("properties", "edges", "causal_conv", "layers", "blocks")
+)
+MLSTM, SLSTM = ((f"{PROPERTIES} -k {op}", f"{EDGES} -k {op}") for op in ("mlstm", "slstm"))
+SLSTM += ("tests/test_slstm.py -k 'scale or fresh'",)
+# What judges a file: the backend, and arguments for pytest, the likeliest killers first.
+JUDGES = {
+    OPS + "mlstm.py": ("torch", *MLSTM),
+    OPS + "slstm.py": ("torch", *SLSTM),
+    OPS + "causal_conv.py": ("torch", CONV),
+    OPS + "masks.py": ("torch", CONV),
+    OPS + "mlstm_chunks.py": ("jax", *MLSTM),
+    OPS + "slstm_loop.py": ("jax", *SLSTM),
+    TORCH + "eager_mlstm.py": ("torch", *MLSTM),
+    TORCH + "eager_slstm.py": ("torch", *SLSTM),
+    LAYERS + "recurrent.py": ("torch", OF_LAYERS),
+    LAYERS + "mlstm.py": ("torch", OF_LAYERS),
+    LAYERS + "mlstm_block.py": ("torch", OF_BLOCKS),
+    LAYERS + "slstm_block.py": ("torch", OF_BLOCKS),
+}
+LONGEST = 600  # seconds: what takes longer hangs
+fork = multiprocessing.get_context("fork")
 
 
 def main(names):
@@ -140,33 +156,85 @@ def main(names):
             assert (ROOT / path).read_text().count(old) == 1, f"{path}: not once: {old!r}"
     counts = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "tree")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-        for path, pairs in chosen.items():
-            source = (copy / path).read_text()
-            for old, new in pairs:
-                (copy / path).write_text(source.replace(old, new))
-                killer = killed_by(copy, *tests_of(path))
-                counts["killed" if killer else "survived"] += 1
-                print(f"{killer or 'SURVIVED':60} {path}: {old!r} -> {new!r}", flush=True)
-            (copy / path).write_text(source)
-    print(f"{counts['killed']} of {counts.total()} killed")
-    return not counts["survived"]
+        tree = Path(folder, "tree")
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for backend in sorted({JUDGES[path][0] for path in chosen}):
+            of_backend = {path: x for path, x in chosen.items() if JUDGES[path][0] == backend}
+            counts += apart(judge, tree, backend, of_backend)
+    for path, pairs in chosen.items():
+        print(f"{counts[path, True]:3} of {len(pairs):2} killed in {path}")
+    killed = sum(counts[path, True] for path in chosen)
+    print(f"{killed} of {counts.total()} killed")
+    return killed == counts.total()
 
 
-def killed_by(tree, backend, tests):
+def judge(tree, backend, mutants):
+    """Counts of (path, whether killed)."""
+    os.environ.update(QUIET | FAST | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"})
+    sys.path[:0] = [str(tree), str(tree / "backends")]  # before the installed package
+    sys.modules["triton"] = None  # type: ignore[assignment] - as in `conftest.py`
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+    for module in ("hypothesis", "keras", "pytest"):
+        __import__(module)
+    counts = Counter()
+    for tests in dict.fromkeys(JUDGES[path][1:] for path in mutants):
+        killer = killed_by(tree, tests)
+        assert killer is None, f"without a mutant, {killer} fails"
+    for path, pairs in mutants.items():
+        source = (tree / path).read_text()
+        for old, new in pairs:
+            (tree / path).write_text(source.replace(old, new))
+            killer = killed_by(tree, JUDGES[path][1:])
+            counts[path, killer is not None] += 1
+            print(f"{killer or 'SURVIVED':60} {path}: {old!r} -> {new!r}", flush=True)
+        (tree / path).write_text(source)
+    return counts
+
+
+def killed_by(tree, tests):
+    failures = (apart(first_failure, tree, shlex.split(arguments)) for arguments in tests)
+    return next((failure for failure in failures if failure), None)
+
+
+def first_failure(tree, arguments):
     """The first test that fails, or `None`."""
-    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider"]
-    command += [f"tests/{name}" for name in tests]
-    environment = os.environ | QUIET | FAST | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
-    # Before the installed package.
-    environment["PYTHONPATH"] = os.pathsep.join([str(tree), str(tree / "backends")])
-    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    if run.returncode == 0:
-        return None
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    assert run.returncode in (1, 2) and failed, run.stdout[-3000:] + run.stderr[-3000:]
-    return failed[0].split(" - ")[0].removeprefix("FAILED tests/")
+    import pytest
+
+    import keras_xlstm
+
+    assert Path(keras_xlstm.__file__).is_relative_to(tree), keras_xlstm.__file__
+
+    class Watch:
+        failed = None
+
+        def pytest_runtest_logreport(self, report):
+            if report.failed and self.failed is None:
+                self.failed = report.nodeid.removeprefix("tests/")
+
+        pytest_collectreport = pytest_runtest_logreport
+
+    os.chdir(tree)
+    watch, nowhere = Watch(), os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    code = pytest.main(["-x", "-p", "no:cacheprovider", *arguments], plugins=[watch])
+    return watch.failed or (None if code == 0 else f"pytest ends with {code!r}")
+
+
+def apart(function, *args):
+    """What a function returns, in a process forked from this one."""
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: sender.send(function(*args)))
+    process.start()
+    sender.close()
+    limit = LONGEST if function is first_failure else None
+    try:
+        return receiver.recv() if receiver.poll(limit) else "it hangs"
+    except EOFError:
+        return "the process dies"
+    finally:
+        process.kill()
+        process.join()
 
 
 if __name__ == "__main__":

@@ -24,14 +24,15 @@ def mlstm(q, k, v, i, f, *, initial_state=None, mask=None, reset=None, eps=1e-6)
             C[b], n[b], m[b] = 0, 0, 0
         log_f = log_sigmoid(f[b, t])
         m_new = maximum(log_f + m[b], i[b, t])
-        keep, write = np.exp(log_f + m[b] - m_new), np.exp(i[b, t] - m_new)
+        scale = held(m_new)
+        keep, write = np.exp(log_f + m[b] - scale), np.exp(i[b, t] - scale)
         kv = k[b, t, :, :, None] * v[b, t, :, None, :]
         C[b] = keep[:, None, None] * C[b] + write[:, None, None] * kv
         n[b] = keep[:, None] * n[b] + write[:, None] * k[b, t]
         m[b] = m_new
         scaled_q = q[b, t] / DHQK**0.5
         numerator = np.sum(C[b] * scaled_q[:, :, None], axis=1)
-        denominator = maximum(absolute(np.sum(n[b] * scaled_q, axis=1)), largest_exp(-m_new)) + eps
+        denominator = maximum(absolute(np.sum(n[b] * scaled_q, axis=1)), largest_exp(-scale)) + eps
         h[b, t] = numerator / denominator[:, None]
     return h, (C, n, m)
 
@@ -49,7 +50,8 @@ def slstm(gates, recurrent_kernel, bias, *, initial_state=None, mask=None, reset
         i, f, z, o = gates[b, t] + recurrent.swapaxes(0, 1) + bias
         log_f = log_sigmoid(f)
         m_new = np.where(n[b] == 0, i, maximum(i, log_f + m[b]))
-        keep, write = largest_exp(log_f + m[b] - m_new), np.exp(i - m_new)
+        scale = held(m_new)
+        keep, write = largest_exp(log_f + m[b] - scale), np.exp(i - scale)
         c[b] = keep * c[b] + write * np.tanh(z)
         n[b] = keep * n[b] + write
         m[b] = m_new
@@ -83,6 +85,51 @@ def directional(f, inputs, direction, step=1e-10):
     """
     moved = [x + 1j * step * d for x, d in zip(inputs, direction, strict=True)]
     return np.imag(f(*moved)) / step
+
+
+class Held(np.ndarray):
+    """What holds stabilizers constant: `mlstm(*(x.view(Held) for x in inputs))`.
+
+    They only scale, so that their derivative mostly cancels. A gradient written by hand may rely on
+    that. The terms of its sums are then those that are left where stabilizers are constants.
+    """
+
+    share = 0.0  # of each result that may be lost
+    random = None
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        inputs = [x.view(np.ndarray) if isinstance(x, Held) else x for x in inputs]
+        y = getattr(ufunc, method)(*inputs, **kwargs)
+        if y.dtype == bool:
+            return y
+        if self.share:
+            lost, lost_slope = self.random.uniform(-self.share, self.share, (2, *y.shape))
+            slope = np.imag(y)
+            if ufunc in (np.multiply, np.divide):  # that of a product, or quotient, has two terms
+                (a, b), (c, d) = ((np.real(x), np.imag(x)) for x in inputs)
+                slope = abs(a * d) + abs(b * c)
+                slope = slope / c / c if ufunc is np.divide else slope
+            y = y + lost * np.real(y)
+            if np.iscomplexobj(y):
+                y = y + 1j * lost_slope * slope
+        return np.asarray(y).view(type(self))
+
+    def __array_function__(self, function, types, args, kwargs):
+        y = super().__array_function__(function, types, args, kwargs)
+        return y.view(type(self)) if function is np.where else y
+
+
+class Lossy(Held):
+    """The same, with every result off at random by up to what float32 loses of its terms.
+
+    One run in float32 may be exact by luck; where terms cancel, it often is.
+    """
+
+    share = 2.0**-24
+
+
+def held(m):
+    return m.real if isinstance(m, Held) else m
 
 
 def steps_that_happen(B, S, mask):

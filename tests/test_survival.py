@@ -1,11 +1,13 @@
 """What serves for long: threads that share a model get the answers of one alone."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -20,6 +22,7 @@ from keras_xlstm.models import (
 )
 
 THREADS = 8
+NO_TRITON = 'import sys; sys.modules["triton"] = None\n'  # as in `conftest.py`, for other processes
 PROMPTS = ["a", "hello", "some more", "x y"]
 
 
@@ -101,6 +104,57 @@ def test_one_seed_gives_the_same_bits():
         np.testing.assert_array_equal(a, b)
 
 
+# A training with dropout and shuffled data, as a program: it tells a digest of all weights.
+SEEDED = """
+import hashlib
+import keras, numpy as np
+import keras_xlstm as kx
+keras.utils.set_random_seed(5)
+x = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
+inputs = keras.Input((6, 4))
+y = kx.layers.SLSTM(4, num_heads=2, dropout=0.3, return_sequences=True)(inputs)
+y = kx.layers.MLSTM(4, num_heads=2, return_sequences=True)(keras.layers.Dropout(0.3)(y))
+model = keras.Model(inputs, y)
+model.compile("adam", "mse")
+model.fit(x, x, epochs=3, batch_size=4, verbose=0)
+weights = [keras.ops.convert_to_numpy(w) for w in model.weights]
+assert all(np.isfinite(w).all() for w in weights)
+digest = hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
+print(digest)
+"""
+# The same of a language model, its losses and its samples.
+SEEDED_MODEL = """
+import hashlib
+import test_survival
+losses, weights, texts = test_survival.fit_and_sample()
+told = repr([[loss.hex() for loss in losses], texts]).encode()
+digest = hashlib.sha256(b"".join([told, *(w.tobytes() for w in weights)])).hexdigest()
+print(digest)
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(SEEDED, id="layers"),
+        pytest.param(SEEDED_MODEL, id="model", marks=pytest.mark.long),
+    ],
+)
+def test_one_seed_gives_the_same_bits_in_another_process(code):
+    command = [sys.executable, "-c", NO_TRITON + code]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    other = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    here: dict = {}
+    exec(code, here)
+    assert other.stdout.split()[-1] == here["digest"]
+
+
 # A training of stateful layers with dropout, as a program: it writes each epoch's loss.
 TRAINING = """
 import json, os, signal, sys
@@ -133,8 +187,8 @@ model.fit(stream, epochs=4, shuffle=False, verbose=0, callbacks=callbacks)
 
 def train(folder, kill_at):
     folder.mkdir(exist_ok=True)
-    code = 'import sys; sys.modules["triton"] = None\n' + TRAINING
-    return subprocess.run([sys.executable, "-c", code, folder, str(kill_at)]).returncode
+    command = [sys.executable, "-c", NO_TRITON + TRAINING, folder, str(kill_at)]
+    return subprocess.run(command).returncode
 
 
 def train_here(folder, monkeypatch):
