@@ -23,7 +23,7 @@ CONFIGS = {
 
 
 def nbytes(variables):
-    return sum(math.prod(v.shape) * (2 if "16" in v.dtype else 4) for v in variables)
+    return sum(math.prod(v.shape) * {"16": 2, "32": 4, "64": 8}[v.dtype[-2:]] for v in variables)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -8,9 +8,10 @@ backward pass, and what the loss, or the block that is computed again, works wit
 import dataclasses
 import math
 import re
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import keras
+from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
 from keras_xlstm.layers.mlstm_block import MLSTMBlock
@@ -85,6 +86,9 @@ def predict_memory(config, batch_size, sequence_length, optimizer="adamw", remat
     rows = _share(batch_size, batch, "batch_size")
     optimizer = keras.optimizers.get(optimizer)
     optimizer = type(optimizer).from_config(optimizer.get_config())  # not the caller's own
+    # TensorFlow's own would place slots beside weights that are not there.
+    for name in ("add_variable_from_reference", "_var_key"):
+        setattr(optimizer, name, MethodType(getattr(BaseOptimizer, name), optimizer))
     with keras.StatelessScope(initialize_variables=False):
         backbone = XLSTMBackbone(**config)
         weights = {w.path: _local(w, model) for w in backbone.trainable_variables}
