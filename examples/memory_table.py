@@ -1,7 +1,7 @@
 """What `predict_memory` says of a train step, beside what the framework reports of it.
 
 On JAX that is what the compiled program holds, its arguments and its temporaries; on PyTorch the
-most that its allocator held at once. TensorFlow reports nothing of the kind.
+most that its allocator held at once. TensorFlow's steps were not compared.
 
     python examples/memory_table.py
 

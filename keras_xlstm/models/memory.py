@@ -8,6 +8,7 @@ backward pass, and what the loss, or the block that is computed again, works wit
 import dataclasses
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType, SimpleNamespace
 
 import keras
@@ -86,19 +87,10 @@ def predict_memory(config, batch_size, sequence_length, optimizer="adamw", remat
     rows = _share(batch_size, batch, "batch_size")
     optimizer = keras.optimizers.get(optimizer)
     optimizer = type(optimizer).from_config(optimizer.get_config())  # not the caller's own
-    # TensorFlow's own would place slots beside weights that are not there.
-    for name in ("add_variable_from_reference", "_var_key"):
-        setattr(optimizer, name, MethodType(getattr(BaseOptimizer, name), optimizer))
-    with keras.StatelessScope(initialize_variables=False):
-        backbone = XLSTMBackbone(**config)
-        weights = {w.path: _local(w, model) for w in backbone.trainable_variables}
-        try:
-            optimizer.build(list(weights.values()))
-        except ValueError as e:
-            raise ValueError(
-                "`optimizer` must be one that Keras builds without memory, such as 'adamw'. "
-                f"Received: {type(optimizer).__name__}."
-            ) from e
+    # Keras would give numbers to all these variables at the end of the thread's next scope.
+    with ThreadPoolExecutor(1) as thread:
+        policy = keras.config.dtype_policy()
+        backbone, weights = thread.submit(_build, config, policy, optimizer, model).result()
     parameters = sum(map(_bytes, weights.values()))
     states = [s for block in backbone.stack.blocks for s in block.state_shapes.values()]
     before, after = _activations(backbone, rows, sequence_length, model, remat)
@@ -113,6 +105,25 @@ def predict_memory(config, batch_size, sequence_length, optimizer="adamw", remat
         states=4 * rows * sum(_share(math.prod(s), model, "a state") for s in states),
         total=parameters + slots + max(before + _gradients(weights), after + at_once),
     )
+
+
+def _build(config, policy, optimizer, model):
+    """A backbone without numbers, and of each weight a device's part, for which `optimizer` is."""
+    keras.config.set_dtype_policy(policy)
+    # TensorFlow's own would place slots beside weights that are not there.
+    for name in ("add_variable_from_reference", "_var_key"):
+        setattr(optimizer, name, MethodType(getattr(BaseOptimizer, name), optimizer))
+    with keras.StatelessScope(initialize_variables=False):
+        backbone = XLSTMBackbone(**config)
+        weights = {w.path: _local(w, model) for w in backbone.trainable_variables}
+        try:
+            optimizer.build(list(weights.values()))
+        except ValueError as e:
+            raise ValueError(
+                "`optimizer` must be one that Keras builds without memory, such as 'adamw'. "
+                f"Received: {type(optimizer).__name__}."
+            ) from e
+    return backbone, weights
 
 
 def _arguments(config):
