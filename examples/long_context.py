@@ -38,13 +38,14 @@ EDGES = (0, 512, 8_000, 65_536, 250_000, 500_000, 1_000_000)  # positions that t
 
 def main():
     training, stream = load_texts()
-    curves, costs, memory = {}, {}, []
+    curves, costs, memory = {}, {}, {}
     for window in (SHORT, LONG):
         keras.utils.set_random_seed(0)
         lm = new_model()
         costs[window] = train(lm, training, window)
         reader = Reader(lm)
-        curves[f"trained at {window:,}, one state"] = reader.bits(stream, memory)
+        bits, memory[window] = reader.bits(stream)
+        curves[f"trained at {window:,}, one state"] = bits
         curves[f"trained at {window:,}, fresh every {SHORT}"] = reader.bits_afresh(stream)
     print_tables(costs, curves, memory, lm.count_params())
     plot(curves, memory, "long_context.png")
@@ -111,16 +112,15 @@ class Reader:
     def __init__(self, lm):
         self.model = lm.step_model(None)
 
-    def bits(self, stream, memory):
-        """With one state from the first byte to the last; appends MB after each piece."""
-        states = self.fresh(1)
-        bits = []
+    def bits(self, stream):
+        """With one state from first to last byte; and the process' MB after each piece."""
+        bits, memory, states = [], [], self.fresh(1)
         for start in range(0, len(stream) - 1, PIECE):
             tokens = stream[start : start + PIECE]
             logits, *states = self.model.predict_on_batch([tokens[None], *states])
             bits.append(cost(logits[0], stream[start + 1 : start + PIECE + 1]))
             memory.append(psutil.Process().memory_info().rss / 1e6)
-        return np.concatenate(bits)
+        return np.concatenate(bits), memory
 
     def bits_afresh(self, stream):
         """With a fresh state every `SHORT` bytes: the most that a window of that size can know."""
@@ -148,7 +148,7 @@ def print_tables(costs, curves, memory, parameters):
     print("A training step of 65,536 tokens, in sequences of")
     for window, c in costs.items():
         print(f"{window:>8,}: {c['seconds']:6.2f} s, the process at most {c['peak']:.0f} MB so far")
-    after, end = memory[len(memory) // 20], memory[len(memory) // 2 - 1]
+    after, end = memory[SHORT][len(memory[SHORT]) // 10], memory[SHORT][-1]
     print(f"A stream: {after:.0f} MB after its first tenth, {end:.0f} MB at its end")
     print("\nPerplexity a byte, by the position in the stream:")
     parts = list(itertools.pairwise(EDGES))
@@ -168,9 +168,8 @@ def plot(curves, memory, path):
     above.set(ylabel="perplexity a byte", ylim=(1, None))
     above.set_title(f"A million bytes of other files ({keras.backend.backend()})")
     above.legend()
-    for number, window in enumerate((SHORT, LONG)):
-        half = memory[number * len(memory) // 2 :][: len(memory) // 2]
-        below.plot(PIECE * np.arange(1, len(half) + 1), half, f"C{number}", label=f"{window:,}")
+    for megabytes in memory.values():  # in the colours of above
+        below.plot(PIECE * np.arange(1, len(megabytes) + 1), megabytes)
     below.set(xlabel="bytes read", ylabel="MB of the process", ylim=(0, None))
     figure.savefig(path, dpi=100)
 

@@ -47,6 +47,7 @@ def test_threads_get_the_answers_of_one_alone(seconds):
     expected = []
     for model, served in zip(alone, models, strict=True):
         served.compile(sampler="greedy")
+        served.generate(PROMPTS[0])  # compiled here, or the threads' memory would grow by it
         answers = {prompt: model.generate(prompt) for prompt in PROMPTS}
         expected.append((answers, model.predict(PROMPTS, verbose=0)))
     problems, answered, end = [], [0] * THREADS, time.monotonic() + seconds
@@ -79,7 +80,7 @@ def test_threads_get_the_answers_of_one_alone(seconds):
     assert not problems, problems
     assert not any(thread.is_alive() for thread in threads)
     assert all(answered)
-    assert seconds < 60 or grown < 100  # what comes within seconds need not come again
+    assert grown < 100
 
 
 def fit_and_sample():

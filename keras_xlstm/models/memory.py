@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MethodType, SimpleNamespace
 
 import keras
+import numpy as np
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
@@ -168,11 +169,7 @@ def _local(weight, devices):
 
 
 def _bytes(variable):
-    return math.prod(variable.shape) * _size(variable.dtype)
-
-
-def _size(dtype):
-    return 1 if dtype in ("bool", "int8", "uint8") else int(re.sub(r"\D", "", dtype)) // 8
+    return math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
 
 
 def _gradients(weights):
@@ -187,7 +184,7 @@ def _gradients(weights):
 def _activations(backbone, rows, steps, model, remat):
     """Bytes before the first gradient of a weight, and those beside all of them."""
     tokens, D = rows * steps, backbone.hidden_dim
-    compute = _size(backbone.stack.compute_dtype)
+    compute = np.dtype(backbone.stack.compute_dtype).itemsize
     vocabulary = _share(backbone.vocabulary_size, model, "vocabulary_size")
     blocks = [_block(x, rows, steps, D, model, compute, remat) for x in backbone.stack.blocks]
     embedded = 2 * D * compute  # as looked up, and where ids are out of range
