@@ -82,6 +82,8 @@ def _program(lm, data):
 
 
 def main(names):
+    if unknown := set(names) - set(ROWS):
+        raise SystemExit(f"No row is called {sorted(unknown)}. There are: {list(ROWS)}.")
     columns = "MB: weights  optimizer  activations   total  reported     off"
     print(f"{'':24} {'rows x steps':>12}  {columns}")
     for name in names or ROWS:

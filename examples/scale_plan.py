@@ -364,22 +364,44 @@ DECODING = [
 ]
 
 
+def size(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
+    return int(text)
+
+
+def mesh(text):
+    pairs = [x.partition("=") for x in text.split(",")]
+    if not {name for name, *_ in pairs} <= {"batch", "model", "sequence"}:
+        raise argparse.ArgumentTypeError(f"must be like batch=2,model=2, not {text!r}")
+    return {name: size(number) for name, _, number in pairs}
+
+
+def tokens(text):
+    if text.count("x") != 1:
+        raise argparse.ArgumentTypeError(f"must be BATCHxLENGTH, not {text!r}")
+    return tuple(map(size, text.split("x")))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("topology", nargs="?", help="such as v5p:2x2x1; none for the whole table")
-    parser.add_argument("mesh", nargs="?", default="batch=1", help="such as batch=2,model=2")
-    parser.add_argument("tokens", nargs="?", default="8x8192", help="BATCHxLENGTH")
-    parser.add_argument("--decode", type=int, metavar="BATCH", help="the decoding step instead")
-    parser.add_argument("--depths", type=int, nargs=2, help="compile these, extend to --num_layers")
+    parser.add_argument("mesh", nargs="?", type=mesh, default="batch=1", help="batch=2,model=2")
+    parser.add_argument("tokens", nargs="?", type=tokens, default="8x8192", help="BATCHxLENGTH")
+    parser.add_argument("--decode", type=size, metavar="BATCH", help="the decoding step instead")
+    parser.add_argument(
+        "--depths", type=size, nargs=2, help="compile these, extend to --num_layers"
+    )
     for name, value in LARGE.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=size, default=value)
     given = parser.parse_args()
+    if given.topology and given.topology.split(":")[0] not in CHIPS:
+        parser.error(f"topology must be of one of {list(CHIPS)}, such as v5p:2x2x1")
     config = {name: getattr(given, name) for name in LARGE}
     rows = [(*row, False) for row in TRAINING]
     rows += [(topology, axes, batch, 1, depths, True) for topology, axes, batch, depths in DECODING]
     if given.topology:
-        axes = {k: int(n) for k, n in (x.split("=") for x in given.mesh.split(","))}
-        batch, length = map(int, given.tokens.split("x"))
+        axes, (batch, length) = given.mesh, given.tokens
         if given.decode:
             batch, length = given.decode, 1
         rows = [(given.topology, axes, batch, length, given.depths, bool(given.decode))]

@@ -140,12 +140,16 @@ def train(processes, epochs, killed_after=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=2)
+    parser.add_argument("--epochs", type=int, default=8, help="2 or more")
     parser.add_argument("--worker", type=int, help="the number of this process")
     parser.add_argument("--address", help="of the first process: host:port")
     parser.add_argument("--folder", help="for checkpoints, shared by all")
     options = parser.parse_args()
+    if options.epochs < 2:  # a process is killed half-way
+        parser.error(f"argument --epochs: must be 2 or more, not {options.epochs}")
+    if options.worker is not None and None in (options.address, options.folder):
+        parser.error("argument --worker: needs --address and --folder")
     if options.worker is not None:
         this = options.worker, options.processes, options.address
         return worker(*this, options.folder, options.epochs)

@@ -41,6 +41,14 @@ if "gpu" in sys.argv:
     collect_ignore = [path.name for path in TESTS if "mark.gpu" not in path.read_text()]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    if keras.backend.backend() != "torch":
+        for item in items:
+            if item.get_closest_marker("long_on_xla"):
+                item.add_marker("long")
+
+
 def pytest_collection_finish():
     """Collections, which Keras asks for often, need not look at what is imported by now."""
     gc.freeze()

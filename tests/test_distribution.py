@@ -155,8 +155,7 @@ SEQUENCES = {
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_sequences_over_devices(name, op):
     with sequence_parallel((2, 4) if SEQUENCES[name].B > 1 else (1, 8)).scope():
-        conformance.check_values_and_states(op, "sequence", SEQUENCES[name])
-        conformance.check_gradients(op, "sequence", SEQUENCES[name])
+        conformance.check_all(op, "sequence", SEQUENCES[name])
     conformance.form.cache_clear()  # compiled for this distribution
     conformance.answers.cache_clear()
 

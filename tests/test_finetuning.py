@@ -90,6 +90,7 @@ def quantize(lm, mode):
     lm.compile(sampler="greedy", weighted_metrics=[])
 
 
+@pytest.mark.long_on_xla
 def test_lora_learns_new_text_with_few_weights(tmp_path):
     lm = trained_model()
     before, total = perplexity(lm, NEW_TEXT), lm.count_params()
@@ -128,16 +129,10 @@ def test_lora_learns_on_top_of_int8():
     assert perplexity(lm, NEW_TEXT) < 0.8 * before
 
 
-# XLA compiles anew for each way, which is Keras' own: there the rest is for `-m long`.
-IN_THE_GATE = LIMITS if keras.backend.backend() == "torch" else ("int8", "gptq")
-
-
+@pytest.mark.long_on_xla  # where Keras compiles anew for each way
 @pytest.mark.parametrize(
     "style, mode",
-    [
-        pytest.param("large", mode, marks=[] if mode in IN_THE_GATE else pytest.mark.long)
-        for mode in LIMITS
-    ]
+    [("large", mode) for mode in LIMITS]
     + [pytest.param("original", "int8", marks=pytest.mark.long)],
 )
 def test_quantized_models_keep_their_perplexity_save_load_and_generate(style, mode, tmp_path):
@@ -178,8 +173,10 @@ def test_filters_choose_what_is_quantized():
     [
         lambda: MLSTM(16, num_heads=2),
         lambda: SLSTM(16, num_heads=2),
-        lambda: MLSTMBlock(num_heads=2),
-        lambda: XLSTMLargeBlock(num_heads=2, ffn_round_up_to=8),
+        pytest.param(lambda: MLSTMBlock(num_heads=2), marks=pytest.mark.long_on_xla),
+        pytest.param(
+            lambda: XLSTMLargeBlock(num_heads=2, ffn_round_up_to=8), marks=pytest.mark.long_on_xla
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*quantize.*")  # Keras tells which layers it leaves out

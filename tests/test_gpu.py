@@ -48,8 +48,7 @@ def names(op):
 @pytest.mark.parametrize("op, name", names("mlstm") + names("slstm"))
 def test_conformance_of_what_serves_on_a_gpu(op, name):
     case = OPS[op].cases[name]
-    conformance.check_values_and_states(op, "auto", case)
-    conformance.check_gradients(op, "auto", case)
+    conformance.check_all(op, "auto", case)
 
 
 def served_in_fit(monkeypatch):

@@ -14,13 +14,8 @@ on_tensorflow = pytest.mark.skipif(
 
 
 @conformance.served("mlstm")
-def test_values_and_states(kernel, case):
-    conformance.check_values_and_states("mlstm", kernel, case)
-
-
-@conformance.served("mlstm")
-def test_gradients(kernel, case):
-    conformance.check_gradients("mlstm", kernel, case)
+def test_values_states_and_gradients(kernel, case):
+    conformance.check_all("mlstm", kernel, case)
 
 
 @pytest.mark.parametrize("kernel", conformance.serving("mlstm", BOTH))

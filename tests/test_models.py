@@ -99,6 +99,7 @@ class KerasHubTest(TestCase):
             expected_output_shape=(2, 8, 258),
         )
 
+    @pytest.mark.long_on_xla
     def test_task_large(self):
         self._task("large_with_slstm")
 

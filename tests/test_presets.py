@@ -168,6 +168,7 @@ def test_language_model_from_a_keras_file(models, folder, style):
     assert loaded.generate("one") == models[style].generate("one")
 
 
+@pytest.mark.long_on_xla
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != keras.backend.backend()])
 def test_another_backend_loads_the_same_logits(models, folder, backend):
     script = pathlib.Path(__file__).with_name("other_backend.py")

@@ -15,13 +15,8 @@ each_kernel = pytest.mark.parametrize("kernel", conformance.serving("slstm", BOT
 
 
 @conformance.served("slstm")
-def test_values_and_states(kernel, case):
-    conformance.check_values_and_states("slstm", kernel, case)
-
-
-@conformance.served("slstm")
-def test_gradients(kernel, case):
-    conformance.check_gradients("slstm", kernel, case)
+def test_values_states_and_gradients(kernel, case):
+    conformance.check_all("slstm", kernel, case)
 
 
 @each_kernel

@@ -98,12 +98,7 @@ def fit_and_sample():
     return losses, weights, [model.generate("a", stop_token_ids=None) for _ in range(3)]
 
 
-def long_but_on_torch(test):
-    """XLA would compile for it what other tests have compiled."""
-    return test if keras.backend.backend() == "torch" else pytest.mark.long(test)
-
-
-@long_but_on_torch
+@pytest.mark.long_on_xla
 def test_one_seed_gives_the_same_bits():
     first, second = fit_and_sample(), fit_and_sample()
     assert first[0] == second[0] and first[2] == second[2]
@@ -140,6 +135,7 @@ print(digest)
 """
 
 
+@pytest.mark.long_on_xla
 @pytest.mark.parametrize(
     "code",
     [

@@ -15,7 +15,9 @@ STYLES = {
     "large": dict(slstm_at=(1,)),
     "original": dict(slstm_at=(1,), block_style="original"),
 }
-each_style = pytest.mark.parametrize("style", STYLES)
+each_style = pytest.mark.parametrize(
+    "style", ["large", pytest.param("original", marks=pytest.mark.long_on_xla)]
+)
 
 
 def new_model(style="large", scope=None, optimizer=None):

@@ -310,7 +310,7 @@ if BACKEND == "tensorflow":
 
 @on_tensorflow
 @each_op
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("graph", marks=pytest.mark.long), "xla"])
 def test_gradient_of_gradient_on_tapes(op, mode):
     def run(tensors, flags, weights, directions):
         with tf.GradientTape() as outer:

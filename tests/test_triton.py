@@ -57,8 +57,7 @@ def forced(form):
 
 def check_form(form, case):
     with forced(form) if form in FORMS else contextlib.nullcontext():
-        conformance.check_values_and_states("mlstm", form, case)
-        conformance.check_gradients("mlstm", form, case)
+        conformance.check_all("mlstm", form, case)
 
 
 @interpreted
@@ -91,8 +90,7 @@ DECODE["wide"] = Case(S=1, mask="full", reset="never", B=1, NH=2, DHQK=5, DHHV=6
 @interpreted
 @pytest.mark.parametrize("name", DECODE)
 def test_decode_step(name):
-    conformance.check_values_and_states("mlstm", "triton-step", DECODE[name])
-    conformance.check_gradients("mlstm", "triton-step", DECODE[name])
+    conformance.check_all("mlstm", "triton-step", DECODE[name])
 
 
 @interpreted
@@ -174,16 +172,14 @@ def slstm_forms():
 @interpreted
 @pytest.mark.parametrize("name", READ_EACH_STEP)
 def test_slstm_weights_read_each_step(slstm_forms, name):
-    conformance.check_values_and_states("slstm", "each step", SLSTM_CASES[name])
-    conformance.check_gradients("slstm", "each step", SLSTM_CASES[name])
+    conformance.check_all("slstm", "each step", SLSTM_CASES[name])
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", WIDE_SLSTM)
 @pytest.mark.parametrize("form", [0, 1])
 def test_slstm_of_many_rows_and_columns(slstm_forms, form, dtype):
-    conformance.check_values_and_states("slstm", slstm_forms[form], WIDE_SLSTM[dtype])
-    conformance.check_gradients("slstm", slstm_forms[form], WIDE_SLSTM[dtype])
+    conformance.check_all("slstm", slstm_forms[form], WIDE_SLSTM[dtype])
 
 
 @interpreted
@@ -312,8 +308,7 @@ def test_on_a_gpu(name):
     found = [x for x in conformance.serving("mlstm", case) if x.startswith("triton")]
     assert len(found) == (2 if case.S == 1 else 1)
     for kernel in found:
-        conformance.check_values_and_states("mlstm", kernel, case)
-        conformance.check_gradients("mlstm", kernel, case)
+        conformance.check_all("mlstm", kernel, case)
 
 
 @pytest.mark.gpu
@@ -335,5 +330,4 @@ def test_every_plan_on_a_gpu(dtype, DHQK, DHHV):
 @pytest.mark.parametrize("name", SLSTM_CASES)
 def test_slstm_on_a_gpu(name):
     assert "triton" in conformance.serving("slstm", SLSTM_CASES[name])
-    conformance.check_values_and_states("slstm", "triton", SLSTM_CASES[name])
-    conformance.check_gradients("slstm", "triton", SLSTM_CASES[name])
+    conformance.check_all("slstm", "triton", SLSTM_CASES[name])

@@ -39,6 +39,8 @@ from measure import (
     median_of,
     mlstm_gflop,
     mlstm_inputs,
+    one_of,
+    positive,
     race,
     random,
 )
@@ -59,8 +61,8 @@ MODELS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("tables", nargs="*", default=[], help=", ".join(TABLES))
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("tables", nargs="*", type=one_of(TABLES), help=", ".join(TABLES))
+    parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--json")
     parser.add_argument("--plot")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)

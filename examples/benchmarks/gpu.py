@@ -34,7 +34,7 @@ import gpu_peers
 import keras
 import numpy as np
 import peers
-from measure import Contender, forward_and_gradient, mlstm_gflop, race
+from measure import Contender, forward_and_gradient, mlstm_gflop, one_of, positive, race
 
 from keras_xlstm import kernels, ops
 
@@ -43,6 +43,7 @@ sys.path.append(str(HERE.parents[1] / "tests"))
 import oracle  # noqa: E402
 
 BACKEND = keras.backend.backend()
+DTYPES = "bfloat16", "float16", "float32"
 
 # B, NH, S, DHQK, DHHV
 SHAPES = {
@@ -70,15 +71,15 @@ TINY = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("tables", nargs="*", default=[], metavar="TABLE", help=", ".join(SHAPES))
+    parser.add_argument(
+        "tables", nargs="*", type=one_of(SHAPES), metavar="TABLE", help=", ".join(SHAPES)
+    )
     parser.add_argument("--device", choices=["gpu", "cpu"], required=True)
     parser.add_argument("--tiny", action="store_true", help="small shapes: no figure means a thing")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--turns", type=positive, default=7)
     parser.add_argument("--json")
     options = parser.parse_args()
-    if unknown := set(options.tables) - set(SHAPES):
-        parser.error(f"no table is called {sorted(unknown)}, but {list(SHAPES)}")
     if BACKEND not in devices.DEVICES:
         parser.error(f"KERAS_BACKEND must be one of {list(devices.DEVICES)}, not {BACKEND}")
     path = options.json

@@ -188,6 +188,14 @@ def problems(row):
         yield "has no instruction for tensor cores"
 
 
+def head_widths(text):
+    """Those of keys and values, or of a head of the sLSTM."""
+    sizes = text.split("x")
+    if not (1 <= len(sizes) <= 2 and all(x.isdecimal() and int(x) > 0 for x in sizes)):
+        raise argparse.ArgumentTypeError(f"must be like 128x256 or 64, not {text!r}")
+    return text
+
+
 def main():
     if "--device" in sys.argv:
         import gpu
@@ -195,7 +203,9 @@ def main():
         return gpu.main()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", nargs="*", choices=SHARED, required=True, metavar="TARGET")
-    parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="DHQKxDHHV or DH")
+    parser.add_argument(
+        "--widths", nargs="+", type=head_widths, default=WIDTHS, metavar="DHQKxDHHV or DH"
+    )
     parser.add_argument("--dtypes", nargs="+", default=[*DTYPES], choices=DTYPES)
     names = sorted({name for name, _ in WALKS + LOOPS})
     parser.add_argument("--walks", nargs="+", choices=names)

@@ -1,5 +1,6 @@
 """Measuring: what takes turns with what, and for how long."""
 
+import argparse
 import ctypes
 import time
 from dataclasses import dataclass
@@ -8,6 +9,24 @@ from pathlib import Path
 import numpy as np
 
 RNG = np.random.default_rng(0)
+
+
+def positive(text):
+    """An argument of a command."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
+    return int(text)
+
+
+def one_of(names):
+    """An argument of a command, of which there may be none."""
+
+    def known(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"must be one of {list(names)}, not {text!r}")
+        return text
+
+    return known
 
 
 @dataclass

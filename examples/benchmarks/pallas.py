@@ -32,6 +32,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax"}
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import kernels as of_triton
+from measure import positive
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GPUS = "sm_80", "sm_90", "sm_100"
@@ -213,10 +214,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     chips = *TPUS, *GPUS
     parser.add_argument("--compile", nargs="*", choices=chips, required=True, metavar="CHIP")
-    parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="DHQKxDHHV or DH")
+    parser.add_argument(
+        "--widths", nargs="+", type=of_triton.head_widths, default=WIDTHS, metavar="DHQKxDHHV or DH"
+    )
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--of", nargs="+", default=["h", "gradients"], choices=["h", "gradients"])
-    parser.add_argument("--steps", default=4096, type=int)
+    parser.add_argument("--steps", default=4096, type=positive)
     options = parser.parse_args()
     chips = options.compile or chips
     cases = list(product(chips, options.dtypes, options.widths, options.of, [options.steps], [1]))

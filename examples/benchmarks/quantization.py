@@ -25,6 +25,8 @@ MODES = (None, "int8", "int4", "float8", "gptq", "awq")
 
 
 def main(modes):
+    if unknown := set(modes) - set(MODES):
+        raise SystemExit(f"No mode is called {sorted(unknown)}. There are: {list(MODES[1:])}.")
     training, validation = load_texts()
     texts = [validation[s : s + WINDOW + 1] for s in range(0, len(validation) - WINDOW, WINDOW)]
     print("| mode | MB | seconds | ms a token | perplexity | change |")
