@@ -1,7 +1,8 @@
-"""What serves for long: threads that share a model get the answers of one alone."""
+"""What serves or trains for long: threads, seeds, kills."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,3 +222,62 @@ def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, kills, monkeypatch
         assert train(folder, int(kill_at)) == -signal.SIGKILL
         train_here(folder, monkeypatch)
         assert losses(folder) == expected, f"killed at step {kill_at}"
+
+
+def train_presets(lm, folder, epochs):
+    """Saves the model after each epoch, as `keras.callbacks.LambdaCallback` does, and says so."""
+
+    def save(epoch, logs):
+        lm.save_to_preset(folder)
+        print("saved", flush=True)
+
+    lm.compile(keras.optimizers.SGD(0.5), weighted_metrics=[])
+    options = dict(epochs=epochs, batch_size=2, shuffle=False, verbose=0)
+    texts, saving = (
+        ["some text", "and another"] * 2,
+        keras.callbacks.LambdaCallback(on_epoch_end=save),
+    )
+    return lm.fit(texts, callbacks=[saving], **options).history.get("loss", [])
+
+
+TRAIN_PRESETS = """
+import sys, keras, test_survival
+from keras_xlstm.models import XLSTMCausalLM
+test_survival.train_presets(XLSTMCausalLM.from_preset(sys.argv[1]), sys.argv[1], 8)
+"""
+
+
+@pytest.mark.long_on_xla
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.long)])
+def test_training_goes_on_from_the_preset_that_a_kill_left(tmp_path, kills):
+    """Which is that of one of the epochs, whole. SGD has no more to remember than weights."""
+    lm, rng, epochs = new_model(), np.random.default_rng(), 8
+    lm.save_to_preset(tmp_path / "start")
+
+    def weights_of(folder):
+        model = XLSTMCausalLM.from_preset(str(folder))
+        return model, [ops.convert_to_numpy(w) for w in model.weights]
+
+    kept = [weights_of(tmp_path / "start")[1]]
+    losses = []
+    for _ in range(epochs):
+        losses += train_presets(lm, tmp_path / "whole", 1)
+        kept.append([ops.convert_to_numpy(w) for w in lm.weights])
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    for number in range(kills):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "start", folder)
+        process = subprocess.Popen(
+            [sys.executable, "-c", NO_TRITON + TRAIN_PRESETS, folder],
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(rng.integers(1, 4)):
+            assert process.stdout.readline() == "saved\n"
+        time.sleep(0.3 * rng.random())
+        process.kill()
+        process.communicate()
+        model, weights = weights_of(folder)
+        (epoch,) = [n for n, x in enumerate(kept) if all(map(np.array_equal, x, weights))]
+        assert train_presets(model, folder, epochs - epoch) == losses[epoch:]
