@@ -100,11 +100,12 @@ def test_a_device_holds_its_part(name):
     assert memory.parameters < predict_memory(CONFIGS[name], 8, 10).parameters
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="of XLA's programs, which JAX shows")
-@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_step_takes_what_the_compiled_program_says(remat):
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="does not say what a step takes")
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.long_on_xla)])
+def test_a_step_takes_what_the_framework_reports(remat):
     """In a process of its own, for which XLA optimizes, and orders by memory."""
     code = (
+        "import sys; sys.modules['triton'] = None; "  # as in `conftest.py`
         "import memory_table as table; c = table.SMALL | dict(num_layers=2); "
         f"told = table.predict_memory(c, 2, 2048, remat={remat}); "
         f"print(told.total, table.measured(c, 2, 2048, remat={remat}))"

@@ -1,8 +1,9 @@
 """How much memory training and decoding take, told from shapes: nothing is allocated.
 
 Weights, gradients, the optimizer's slots and decoding states are exact. Activations are named
-tensors of a train step that XLA compiles and lays out for little memory: those that stay for the
-backward pass, and what the loss, or the block that is computed again, works with.
+tensors of a train step that XLA compiles and lays out for little memory, or that PyTorch computes
+eagerly: those that stay for the backward pass, and what the loss, the update of the weights, or the
+block that is computed again works with.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from keras_xlstm.ops.checks import check_positive_int, is_int, repr
 from keras_xlstm.ops.mlstm_chunks import Chunks
 
 AXES = ("batch", "model")
+UPDATE = 3  # lists as large as the weights: PyTorch's AdamW computes with them all at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Memory:
         states: of all blocks in decoding, which training does not keep.
         total: of a train step. A compiled step updates each weight as soon as its gradient is
             there, so that it holds the gradients of one block at a time; all of them at once
-            under PyTorch, or where `global_clipnorm` of the optimizer wants it.
+            under PyTorch, or where `global_clipnorm` of the optimizer wants it. PyTorch's update
+            takes three more lists as large as the weights, as AdamW's does.
     """
 
     parameters: int
@@ -53,9 +56,9 @@ def predict_memory(config, batch_size, sequence_length, optimizer="adamw", remat
 
     Nothing is allocated: the 7B is as quick as any. Of a train step of `XLSTMCausalLM` with its
     own loss. Parameters, gradients, optimizer and states are exact. Activations are those of a
-    step that XLA compiles for little memory, in 32 bits: `examples/README.md` has how far they
-    are off. On a CPU, XLA keeps float32 copies of 16 bits, which are not counted; PyTorch holds
-    other tensors of the loss and of the update of weights.
+    step that XLA compiles for little memory or, where the backend is PyTorch, of an eager one:
+    `examples/README.md` has how far they are off. On a CPU, XLA keeps float32 copies of 16 bits,
+    which are not counted.
 
     Args:
         config: an `XLSTMBackbone`, or a dict of its arguments.
@@ -94,17 +97,18 @@ def predict_memory(config, batch_size, sequence_length, optimizer="adamw", remat
         backbone, weights = thread.submit(_build, config, policy, optimizer, model).result()
     parameters = sum(map(_bytes, weights.values()))
     states = [s for block in backbone.stack.blocks for s in block.state_shapes.values()]
-    before, after = _activations(backbone, rows, sequence_length, model, remat)
+    eager = keras.backend.backend() == "torch"
+    before, after = _activations(backbone, rows, sequence_length, model, remat, eager)
     slots = sum(map(_bytes, optimizer.variables))
-    waits = keras.backend.backend() == "torch" or optimizer.global_clipnorm
-    at_once = parameters if waits else 0
+    at_once = parameters if eager or optimizer.global_clipnorm else 0
+    update = parameters + UPDATE * parameters if eager else 0
     return Memory(
         parameters=parameters,
         gradients=parameters,
         optimizer=slots,
         activations=before,
         states=4 * rows * sum(_share(math.prod(s), model, "a state") for s in states),
-        total=parameters + slots + max(before + _gradients(weights), after + at_once),
+        total=parameters + slots + max(before + _gradients(weights), after + at_once, update),
     )
 
 
@@ -181,12 +185,13 @@ def _gradients(weights):
     return max(layers.values())
 
 
-def _activations(backbone, rows, steps, model, remat):
+def _activations(backbone, rows, steps, model, remat, eager):
     """Bytes before the first gradient of a weight, and those beside all of them."""
     tokens, D = rows * steps, backbone.hidden_dim
     compute = np.dtype(backbone.stack.compute_dtype).itemsize
     vocabulary = _share(backbone.vocabulary_size, model, "vocabulary_size")
-    blocks = [_block(x, rows, steps, D, model, compute, remat) for x in backbone.stack.blocks]
+    layout = rows, steps, D, model, compute, remat, eager
+    blocks = [_block(x, *layout) for x in backbone.stack.blocks]
     embedded = 2 * D * compute  # as looked up, and where ids are out of range
     norm = 2 * D * compute  # of the stack: normalized and scaled, or centred
     # Loops of all blocks of a kind write into the same zeros.
@@ -198,19 +203,21 @@ def _activations(backbone, rows, steps, model, remat):
         inputs = tokens * D * compute * len(blocks)
         head = tokens * (norm // 2 + 3 * 4 * vocabulary)
         return tokens * embedded + inputs + head + again, tokens * embedded + again
-    # Of the logits besides: their gradient.
-    head = tokens * (norm + 4 * 4 * vocabulary)
+    # Of the logits besides: their gradient, which PyTorch puts where the softmax was.
+    head = tokens * (norm + (3 if eager else 4) * 4 * vocabulary)
     kept = tokens * embedded + written
     return kept + sum(blocks) + head, kept + blocks[0]
 
 
-def _block(block, rows, steps, D, model, compute, remat):
+def _block(block, rows, steps, D, model, compute, remat, eager):
     """Bytes that a block keeps for its backward pass."""
     tokens, NH = rows * steps, block.num_heads // model
     if isinstance(block, XLSTMLargeBlock):
         F = block.ffn.intermediate_dim // model
         # Sums of both branches, what is normalized for each; gate, up, sigmoid, product, silu.
         kept = compute * (4 * D + (4 if remat else 5) * F)
+        if eager and compute < 4 and not remat:  # float32 around both norms
+            kept += 4 * 5 * D
         if block.slstm:
             return tokens * (kept + _slstm(D // model, compute))
         cell = block.mixer.cell
@@ -223,7 +230,8 @@ def _block(block, rows, steps, D, model, compute, remat):
         # Of the block's width: its sum, what is normalized, and centred. Of the inner width:
         # up-projection (2), convolution (2), silu (2), query, key, all three side by side (3), the
         # heads' normalized outputs, those with the skip, the gate's silu (2), what it lets through.
-        kept = compute * (3 * D + 16 * inner)
+        # PyTorch keeps four more around the convolution: steps in order, without the masked ones.
+        kept = compute * (3 * D + (20 if eager else 16) * inner)
         heads = NH, block.head_dim, block.head_dim
         return tokens * kept + _mlstm(rows, steps, *heads, block.chunk_size, compute)
     F = block.ffn.intermediate_dim // model
