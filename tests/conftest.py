@@ -25,14 +25,15 @@ if not entry_points(group="keras_xlstm.kernels"):
         'the tests would see the plain forms only. Run: pip install -e ".[test]"'
     )
 
-# The same draws at each run, and few where shapes are compiled for. Many, and others each time, by
+# The same draws at each run, and few where shapes are compiled for. More, and others each time, by
 # `pytest tests/test_properties.py --hypothesis-profile=long`.
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 COMMON = dict(deadline=None, suppress_health_check=CHECKS)
 EXAMPLES = {"torch": 15, "jax": 8, "tensorflow": 4}.get(keras.backend.backend(), 4)
 ONCE = dict(derandomize=True, phases=[Phase.explicit, Phase.generate])  # and shrinks nothing
 settings.register_profile("gate", max_examples=EXAMPLES, **ONCE, **COMMON)
-settings.register_profile("long", max_examples=100, print_blob=True, **COMMON)
+LONG = {"torch": 100}.get(keras.backend.backend(), 25)
+settings.register_profile("long", max_examples=LONG, print_blob=True, **COMMON)
 settings.load_profile("gate")
 
 TESTS = Path(__file__).parent.glob("test_*.py")
