@@ -24,6 +24,7 @@ from keras import ops
 from layer_cases import LAYERS, UNITS, D, new_layer, noisy, numpy, random
 
 from keras_xlstm.layers import XLSTMBlockStack
+from keras_xlstm.models import XLSTMBackbone, XLSTMCausalLM
 
 LONG = settings.get_current_profile_name() == "long"
 BACKEND = keras.backend.backend()
@@ -456,3 +457,51 @@ def test_rows_of_layers_do_not_touch_each_other(kind, data):
     both = (layer_run(kind)(x, weights, flags) for x in (x, spoilt))
     for good, other in zip(*both, strict=True):
         equal(other[others], good[others], kind)
+
+
+@functools.cache
+def language_model(style):
+    options = dict(block_style=style, slstm_at=[1], chunk_size=4, ffn_round_up_to=8)
+    return noisy(XLSTMCausalLM(XLSTMBackbone(16, 2, 8, 2, **options)), scale=0.3)
+
+
+def read(model, tokens, mask, cuts=()):
+    """Logits where there are tokens, in order, and the last states; in pieces."""
+    pieces, cache = [], None
+    for start, stop in itertools.pairwise([0, *cuts, tokens.shape[1]]):
+        piece = slice(start, stop)
+        logits, _, cache = model.call_with_cache(
+            tokens[:, piece], cache, padding_mask=mask[:, piece]
+        )
+        pieces.append(numpy(logits))
+    return [np.concatenate(pieces, axis=1)[mask], *map(numpy, keras.tree.flatten(cache))]
+
+
+@pytest.mark.parametrize("style", ["large", "original"])
+@given(data=st.data())
+def test_language_models_read_each_row_as_if_alone(style, data):
+    """Padding may stand anywhere and hold anything, and the text come in any pieces."""
+    B, S = 3, data.draw(st.integers(1, 12)) if LONG else 6
+    tokens = data.draw(arrays("int32", (B, S), elements=st.integers(0, 15)))
+    mask = data.draw(arrays(bool, (B, S)))
+    model = language_model(style)
+    expected = read(model, tokens, mask)
+
+    held = np.where(mask, tokens, 15 - tokens)
+    for x, y in zip(read(model, held, mask), expected, strict=True):
+        equal(x, y, "what padding holds")
+
+    order = np.argsort(~mask, axis=1, kind="stable")
+    moved = [np.take_along_axis(x, order, axis=1) for x in (tokens, mask)]
+    places = st.integers(1, max(1, S - 1)) if LONG else st.sampled_from([2, 4])
+    cuts = sorted(data.draw(st.sets(places, max_size=min(2, S - 1))))
+    for again in (read(model, *moved), read(model, tokens, mask, cuts)):
+        for x, y in zip(again, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+    row, t = data.draw(st.integers(0, B - 1)), data.draw(st.integers(0, S))
+    later = np.zeros((B, S), bool)
+    later[row, t:] = True
+    other = read(model, np.where(later, 15 - tokens, tokens), mask ^ later)
+    kept, still = ~later[mask], ~later[mask ^ later]
+    equal(other[0][still], expected[0][kept], "other rows and later tokens")
