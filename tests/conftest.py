@@ -32,8 +32,7 @@ COMMON = dict(deadline=None, suppress_health_check=CHECKS)
 EXAMPLES = {"torch": 15, "jax": 8, "tensorflow": 4}.get(keras.backend.backend(), 4)
 ONCE = dict(derandomize=True, phases=[Phase.explicit, Phase.generate])  # and shrinks nothing
 settings.register_profile("gate", max_examples=EXAMPLES, **ONCE, **COMMON)
-LONG = {"torch": 100}.get(keras.backend.backend(), 25)
-settings.register_profile("long", max_examples=LONG, print_blob=True, **COMMON)
+settings.register_profile("long", max_examples=100, print_blob=True, **COMMON)
 settings.load_profile("gate")
 
 TESTS = Path(__file__).parent.glob("test_*.py")

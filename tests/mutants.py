@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.__main__ import FAST, QUIET, ROOT
 
 LAYERS, OPS = "keras_xlstm/layers/", "keras_xlstm/ops/"
-TORCH = "backends/keras_xlstm_triton/"
+TORCH, PALLAS = "backends/keras_xlstm_triton/", "backends/keras_xlstm_pallas/"
 
 # File -> pairs of what stands there once and what is put in its place.
 MUTANTS = {
@@ -101,6 +101,77 @@ MUTANTS = {
         ("dh = torch.where(happens[t], dh, later)", "pass"),
         ("last = (set_by_i * steps).amax(0)", "last = (set_by_i * steps).amin(0)"),
     ],
+    TORCH + "mlstm_walk.py": [
+        ("happens = step < S - start", "happens = step <= S - start"),
+        ("BACK else step[:, None] >= step[None", "BACK else step[:, None] > step[None"),
+        ("(from_memory + n[None, :]) * read", "from_memory * read"),
+        ("d_gate + tl.load(dlog_f + gate_at)", "d_gate"),
+        (" + over_chunk * across", ""),
+        ("n = n * over_chunk + tl.sum(c_y.to(tl.float32) * write", "n = n + tl.sum(c_y * write"),
+        ("from_memory = (from_memory + n", "from_memory = (0 * from_memory + n"),
+    ],
+    TORCH + "mlstm_steps.py": [
+        ("tl.minimum(chunk * L + L, S) - 1", "tl.minimum(chunk * L + 1, S) - 1"),
+        ("tl.where(happens, i_j, NEVER)", "i_j"),
+        ("tl.where(chunk == 0, tl.load(m_in + batch * NH + head), m_before)", "m_before"),
+        ("f, f_rest = parts(tl.where(happens, f, 0.0))", "f, f_rest = parts(f)"),
+        ("memory = memory * tl.load(over + segment) + more", "memory = memory + more"),
+        ("tl.store(dm + steps, -eps * along", "tl.store(dm + steps, 0 * along"),
+        ("d_nq = tl.where(tl.abs(nq_t) > floor, ", "d_nq = tl.where(tl.abs(nq_t) > 0, "),
+        ("passing, passing_rest = offer_1 + f_2", "passing, passing_rest = offer_1 + f_1"),
+    ],
+    TORCH + "mlstm_update.py": [
+        ("happens, more = row < DHQK - start", "happens, more = row < DHQK - start - 1"),
+        ("m_t = tl.maximum(m_old, tl.load(s + at))", "m_t = m_old"),
+        ("other=0.0) * over + written", "other=0.0) + written"),
+        ("column < DHHV", "column < DHHV - 1"),
+    ],
+    TORCH + "slstm_scan.py": [
+        ("h_new, c_new = tl.where(on, h_new, h), tl.where(on, c_new, c)", "pass"),
+        ("di = (dc_new * tanh_z + dn_new) * I + dm_i", "di = dc_new * tanh_z * I + dm_i"),
+        ("* F + (dm - dm_i)) * tl.sigmoid(-f)", "* F) * tl.sigmoid(-f)"),
+        ("dh = dh_rest + (tl.where(clear, 0.0, dh) if RESET else dh)", "dh = dh_rest + dh"),
+        ("all * (4 * DH) + e, DH, (e < DH) & (all", "all * (4 * DH) + e, DH, (e < DH - 1) & (all"),
+        ("m_new = tl.maximum(i, passing)", "m_new = passing"),
+        ("tl.where(on, dm_new, dm), tl.where(on, 0.0, dh)", "dm_new, tl.where(on, 0.0, dh)"),
+    ],
+    PALLAS + "mlstm_chunk.py": [
+        ("jnp.where(t >= j, logarithms", "jnp.where(t > j, logarithms"),
+        ("step == len(self.from_start) - 1", "step == 0"),
+        ("column_sums(d_inside) + as_row(d_to_end)", "column_sums(d_inside)"),
+        ("(total(dC * C) + total(dn * n))", "total(dC * C)"),
+        ("+ (read * w.e) * n", "+ 0 * n"),
+        ("jnp.maximum(jnp.abs(nq), w.r)", "jnp.abs(nq)"),
+    ],
+    PALLAS + "mlstm_tpu.py": [
+        ("step < self.S - self.chunk", "step < self.S - 1 - self.chunk"),
+        ("w = w._replace(e=jnp.where(has_n, w.e, 0.0))", "pass"),
+        ("self.chunks - 1 - number if self.back else number", "number"),
+    ],
+    PALLAS + "mlstm_gpu.py": [
+        ("return step < self.launch.S", "return step < self.launch.S - 1"),
+        ("jnp.where(t >= l, passing, 0.0)", "jnp.where(t > l, passing, 0.0)"),
+        ("+ (read * w.e) * part.row(n, tile)", "+ 0 * part.row(n, tile)"),
+        ("to_end + part.row(dn, tile)", "to_end + 0 * part.row(dn, tile)"),
+        ("launch.chunks - 1 - number if back else number", "number"),
+        (" + jnp.sum(dn * n, -1)", ""),
+    ],
+    PALLAS + "slstm_walk.py": [
+        ("FRESH = 0.0, 0.0, 0.0, NEVER", "FRESH = 0.0, 0.0, 0.0, 0.0"),
+        ("di = (dc * tanh_z + dn) * I + dm_i", "di = dc * tanh_z * I + dm_i"),
+        ("(dc * c + dn * n) * F + dm)", "(dc * c + dn * n) * F)"),
+        ("dh = jnp.where(flag == CLEARED, 0.0, dh)", "pass"),
+        ("new = select(flag == MASKED, before[p], new)", "pass"),
+        ("h = [x * y for x, y in zip(h, scale, strict=True)]", "pass"),
+    ],
+    PALLAS + "slstm_gpu.py": [
+        ("[x < self.DH for x in columns]", "[x < self.DH - 1 for x in columns]"),
+        ("self.S - 1 - k if back else k", "k"),
+    ],
+    PALLAS + "slstm_tpu.py": [
+        ("jnp.minimum(self.steps, self.S - block * self.steps)", "self.steps"),
+        ("block = blocks - 1 - block\n        steps", "pass\n        steps"),
+    ],
     LAYERS + "recurrent.py": [
         ("x, mask, reset = _backwards(x, mask, reset)", "x = ops.flip(x, axis=1)"),
         ("if 0 in h.shape[:2]:", "if False:"),
@@ -126,7 +197,11 @@ PROPERTIES, EDGES, CONV, OF_LAYERS, OF_BLOCKS = (
 )
 MLSTM, SLSTM = ((f"{PROPERTIES} -k {op}", f"{EDGES} -k {op}") for op in ("mlstm", "slstm"))
 SLSTM += ("tests/test_slstm.py -k 'scale or fresh'",)
-# What judges a file: the backend, and arguments for pytest, the likeliest killers first.
+TRITON = "tests/test_triton.py"
+WALK = ("tests/test_mlstm.py -k triton", f"{TRITON} -k 'split or on_chip or several'")
+OF_PALLAS = "tests/test_pallas"
+# What judges a file: the backend, or "triton" interpreted, and arguments for pytest, the likeliest
+# killers first.
 JUDGES = {
     OPS + "mlstm.py": ("torch", *MLSTM),
     OPS + "slstm.py": ("torch", *SLSTM),
@@ -136,6 +211,16 @@ JUDGES = {
     OPS + "slstm_loop.py": ("jax", *SLSTM),
     TORCH + "eager_mlstm.py": ("torch", *MLSTM),
     TORCH + "eager_slstm.py": ("torch", *SLSTM),
+    TORCH + "mlstm_walk.py": ("triton", *WALK),
+    TORCH + "mlstm_steps.py": ("triton", *WALK),
+    TORCH + "mlstm_update.py": ("triton", f"{TRITON} -k decode"),
+    TORCH + "slstm_scan.py": ("triton", "tests/test_slstm.py -k triton", f"{TRITON} -k slstm"),
+    PALLAS + "mlstm_chunk.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_tpu"),
+    PALLAS + "mlstm_tpu.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_tpu"),
+    PALLAS + "mlstm_gpu.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_gpu"),
+    PALLAS + "slstm_walk.py": ("jax", f"{OF_PALLAS}_slstm.py -k 'as_on_a_gpu or scale'"),
+    PALLAS + "slstm_gpu.py": ("jax", f"{OF_PALLAS}_slstm.py -k as_on_a_gpu"),
+    PALLAS + "slstm_tpu.py": ("jax", f"{OF_PALLAS}_slstm.py -k as_on_a_tpu"),
     LAYERS + "recurrent.py": ("torch", OF_LAYERS),
     LAYERS + "mlstm.py": ("torch", OF_LAYERS),
     LAYERS + "mlstm_block.py": ("torch", OF_BLOCKS),
@@ -172,7 +257,10 @@ def judge(tree, backend, mutants):
     """Counts of (path, whether killed)."""
     os.environ.update(QUIET | FAST | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"})
     sys.path[:0] = [str(tree), str(tree / "backends")]  # before the installed package
-    sys.modules["triton"] = None  # type: ignore[assignment] - as in `conftest.py`
+    if backend == "triton":
+        os.environ |= {"KERAS_BACKEND": "torch", "TRITON_INTERPRET": "1"}
+    else:
+        sys.modules["triton"] = None  # type: ignore[assignment] - as in `conftest.py`
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     for module in ("hypothesis", "keras", "pytest"):
         __import__(module)

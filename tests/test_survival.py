@@ -233,11 +233,9 @@ def train_presets(lm, folder, epochs):
 
     lm.compile(keras.optimizers.SGD(0.5), weighted_metrics=[])
     options = dict(epochs=epochs, batch_size=2, shuffle=False, verbose=0)
-    texts, saving = (
-        ["some text", "and another"] * 2,
-        keras.callbacks.LambdaCallback(on_epoch_end=save),
-    )
-    return lm.fit(texts, callbacks=[saving], **options).history.get("loss", [])
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=save)]
+    history = lm.fit(["some text", "and another"] * 2, callbacks=callbacks, **options).history
+    return history.get("loss", [])
 
 
 TRAIN_PRESETS = """
