@@ -604,7 +604,9 @@ def real_model(name):
     return torch, hf, model.eval()
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", ["tied", *(pytest.param(x, marks=pytest.mark.long_on_xla) for x in ("plain", "odd"))]
+)
 def test_transformers_computes_the_same(tmp_path, name):
     torch, hf, theirs = real_model(name)
     theirs.save_pretrained(tmp_path / "hf")

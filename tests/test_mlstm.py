@@ -23,6 +23,24 @@ def test_calls_continue_each_other(kernel):
     conformance.check_calls_continue("mlstm", kernel)
 
 
+@pytest.mark.parametrize("kernel", conformance.serving("mlstm", BOTH))
+def test_small_decays_survive_large_ones(kernel):
+    """Of one chunk: sums of log(f) go to -1800, and those of the last steps are far less than 1."""
+    case = Case(S=64, i=0.0, f=4.0)
+    inputs, state = mlstm_inputs(case)
+    inputs["f"][:, :60] -= 34
+
+    def reference(q, k, v, i, f, *state):
+        h, state = oracle.mlstm(q, k, v, i, f, initial_state=state)
+        return [h, *state]
+
+    expected = Truth(reference, inputs, state, "float32")
+    *tensors, C, n, m = expected.tensors.values()
+    options = {"chunk_size": 64, "return_state": True, "kernel": kernel}
+    h, state = mlstm(*tensors, initial_state=(C, n, m), **options)
+    expected.check_outputs([h, *state])
+
+
 @on_tensorflow
 @pytest.mark.parametrize("kernel", ["auto", "chunkwise", "recurrent"])
 def test_unknown_sizes(kernel):
