@@ -99,6 +99,7 @@ CASES = {
     "float16": replace(BOTH, dtype="float16", jit=False),
     "no-step": Case(S=0),
     "one-step": Case(S=1, mask="full", reset="never", eps=0.1, jit=True),
+    "one-step-i-f-mixed": Case(S=1, mask="full", reset="never", i=None, f=None, eps=0.1, jit=True),
     "one-step-masked": Case(S=1, mask="empty", reset="first", eps=0.1, jit=True),
     "one-step-reset": Case(S=1, mask="full", reset="first", eps=0.1, jit=True),
     "two-steps-narrow": Case(S=2, state=False, B=1, NH=1, DHQK=1, DHHV=1),

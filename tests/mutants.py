@@ -112,7 +112,7 @@ MUTANTS = {
     ],
     TORCH + "mlstm_steps.py": [
         ("tl.minimum(chunk * L + L, S) - 1", "tl.minimum(chunk * L + 1, S) - 1"),
-        ("tl.where(happens, i_j, NEVER)", "i_j"),
+        ("over_chunk = tl.exp((g + (m_start -", "over_chunk = tl.exp((g + (m_start +"),
         ("tl.where(chunk == 0, tl.load(m_in + batch * NH + head), m_before)", "m_before"),
         ("f, f_rest = parts(tl.where(happens, f, 0.0))", "f, f_rest = parts(f)"),
         ("memory = memory * tl.load(over + segment) + more", "memory = memory + more"),
@@ -213,7 +213,11 @@ JUDGES = {
     TORCH + "eager_slstm.py": ("torch", *SLSTM),
     TORCH + "mlstm_walk.py": ("triton", *WALK),
     TORCH + "mlstm_steps.py": ("triton", *WALK),
-    TORCH + "mlstm_update.py": ("triton", f"{TRITON} -k decode"),
+    TORCH + "mlstm_update.py": (
+        "triton",
+        f"{TRITON} -k decode",
+        "tests/test_mlstm.py -k 'triton-step'",
+    ),
     TORCH + "slstm_scan.py": ("triton", "tests/test_slstm.py -k triton", f"{TRITON} -k slstm"),
     PALLAS + "mlstm_chunk.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_tpu"),
     PALLAS + "mlstm_tpu.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_tpu"),
