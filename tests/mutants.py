@@ -69,7 +69,7 @@ MUTANTS = {
         ("new = dq, dk + dk_end, dv", "new = dq, dk, dv"),
         ("column_sums(d_inside) + d_to_end", "column_sums(d_inside)"),
         ("dm = dm - ops.sum(dC * C_end, (-1, -2))", "dm = dm"),
-        ("(ops.cumsum(d_to_end, -1) - d_to_end)", "ops.cumsum(d_to_end, -1)"),
+        ("where(from_l_on, passing, d_to_end[..., None])", "where(from_l_on, passing, 0.0)"),
         ("+ d_between[..., None]", "+ 0 * d_between[..., None]"),
         ("offered = s >= log_f + before", "offered = s <= log_f + before"),
     ],

@@ -41,6 +41,23 @@ def test_small_decays_survive_large_ones(kernel):
     expected.check_outputs([h, *state])
 
 
+@pytest.mark.parametrize("kernel", conformance.serving("mlstm", BOTH))
+def test_small_gradients_survive_large_ones(kernel):
+    """Of a forget gate behind which little was written, before a step that writes much."""
+    inputs, _ = mlstm_inputs(Case(S=5, i=-14.0, f=4.0))
+    inputs["i"][:, -1] += 16
+
+    def reference(*inputs):
+        h, state = oracle.mlstm(*inputs)
+        return [h, *state]
+
+    expected = Truth(reference, inputs, {}, "float32")
+    run = conformance.form("mlstm", kernel, (("chunk_size", 5),), False)
+    outputs, slopes = run(list(expected.tensors.values()), expected.weights, {})
+    expected.check_outputs(outputs)
+    expected.check_gradients(slopes)
+
+
 @on_tensorflow
 @pytest.mark.parametrize("kernel", ["auto", "chunkwise", "recurrent"])
 def test_unknown_sizes(kernel):

@@ -278,13 +278,11 @@ def through_decays(d_inside, d_from_start, d_to_end, d_between):
     A gate at l is part of what lies between j < l and t >= l. The sums hold no other terms: those
     would cancel, but leave their rounding errors.
     """
-    from_l_on = ops.cast(up_to(d_inside.shape[-1]), "float32")  # [t, l]: t >= l
-    passing = einsum("bhgtj,jl->bhgtl", d_inside, 1 - from_l_on) + d_from_start[..., None]
-    return (
-        column_sums(passing * from_l_on)
-        + (ops.cumsum(d_to_end, -1) - d_to_end)
-        + d_between[..., None]
-    )
+    from_l_on = up_to(d_inside.shape[-1])  # [t, l]: t >= l
+    before_l = 1 - ops.cast(from_l_on, "float32")  # [j, l]: j < l
+    passing = einsum("bhgtj,jl->bhgtl", d_inside, before_l) + d_from_start[..., None]
+    passing = ops.where(from_l_on, passing, d_to_end[..., None])
+    return column_sums(passing) + d_between[..., None]
 
 
 def states(k, v, C, n, w):
