@@ -236,11 +236,14 @@ class Truth:
         noise = np.max([x * apart(exact, function(*inputs)) for x, inputs in self.inexact], 0)
         if self.lossy:
             oracle.Lossy.random = np.random.default_rng(0)
-            held, *lost = (
-                function(*(x.view(kind) for x in self.exact))
-                for kind in [oracle.Held] + [oracle.Lossy] * self.lossy
-            )
-            noise = np.max([noise, *(8 * apart(held, x) for x in lost)], 0)
+
+            def run(kind):
+                return function(*(x.view(kind) for x in self.exact))
+
+            held = run(oracle.Held)
+            for _ in range(self.lossy):
+                for whole, kind in ((held, oracle.LossyHeld), (exact, oracle.Lossy)):
+                    noise = np.maximum(noise, 8 * apart(whole, run(kind)))
         sizes = apart(exact, [0.0] * len(exact))
         return list(zip(exact, noise + ROUNDING[self.dtype] * sizes + TINY, strict=True))
 

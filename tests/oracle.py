@@ -87,18 +87,19 @@ def directional(f, inputs, direction, step=1e-10):
     return np.imag(f(*moved)) / step
 
 
-class Held(np.ndarray):
-    """What holds stabilizers constant: `mlstm(*(x.view(Held) for x in inputs))`.
+class Lossy(np.ndarray):
+    """With every result off at random by up to what float32 loses of its terms.
 
-    They only scale, so that their derivative mostly cancels. A gradient written by hand may rely on
-    that. The terms of its sums are then those that are left where stabilizers are constants.
+    `mlstm(*(x.view(Lossy) for x in inputs))`. One run in float32 may be exact by luck; where terms
+    cancel, it often is.
     """
 
-    share = 0.0  # of each result that may be lost
+    share = 2.0**-24  # of each result that may be lost
+    holds = False
     random = None
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        inputs = [x.view(np.ndarray) if isinstance(x, Held) else x for x in inputs]
+        inputs = [x.view(np.ndarray) if isinstance(x, Lossy) else x for x in inputs]
         y = getattr(ufunc, method)(*inputs, **kwargs)
         if y.dtype == bool:
             return y
@@ -119,17 +120,24 @@ class Held(np.ndarray):
         return y.view(type(self)) if function is np.where else y
 
 
-class Lossy(Held):
-    """The same, with every result off at random by up to what float32 loses of its terms.
+class LossyHeld(Lossy):
+    """And with stabilizers as constants.
 
-    One run in float32 may be exact by luck; where terms cancel, it often is.
+    They only scale, so that their derivative mostly cancels. A gradient written by hand may rely on
+    that. The terms of its sums are then those that are left where stabilizers are constants.
     """
 
-    share = 2.0**-24
+    holds = True
+
+
+class Held(LossyHeld):
+    """The same, and nothing is lost."""
+
+    share = 0.0
 
 
 def held(m):
-    return m.real if isinstance(m, Held) else m
+    return m.real if getattr(m, "holds", False) else m
 
 
 def steps_that_happen(B, S, mask):
