@@ -148,9 +148,9 @@ def main():
     options = parser.parse_args()
     if options.epochs < 2:  # a process is killed half-way
         parser.error(f"argument --epochs: must be 2 or more, not {options.epochs}")
-    if options.worker is not None and None in (options.address, options.folder):
-        parser.error("argument --worker: needs --address and --folder")
     if options.worker is not None:
+        if None in (options.address, options.folder):
+            parser.error("argument --worker: needs --address and --folder")
         this = options.worker, options.processes, options.address
         return worker(*this, options.folder, options.epochs)
 

@@ -13,6 +13,11 @@ on_tensorflow = pytest.mark.skipif(
 )
 
 
+def reference(q, k, v, i, f, *state):
+    h, state = oracle.mlstm(q, k, v, i, f, initial_state=state or None)
+    return [h, *state]
+
+
 @conformance.served("mlstm")
 def test_values_states_and_gradients(kernel, case):
     conformance.check_all("mlstm", kernel, case)
@@ -29,11 +34,6 @@ def test_small_decays_survive_large_ones(kernel):
     case = Case(S=64, i=0.0, f=4.0)
     inputs, state = mlstm_inputs(case)
     inputs["f"][:, :60] -= 34
-
-    def reference(q, k, v, i, f, *state):
-        h, state = oracle.mlstm(q, k, v, i, f, initial_state=state)
-        return [h, *state]
-
     expected = Truth(reference, inputs, state, "float32")
     *tensors, C, n, m = expected.tensors.values()
     options = {"chunk_size": 64, "return_state": True, "kernel": kernel}
@@ -46,11 +46,6 @@ def test_small_gradients_survive_large_ones(kernel):
     """Of a forget gate behind which little was written, before a step that writes much."""
     inputs, _ = mlstm_inputs(Case(S=5, i=-14.0, f=4.0))
     inputs["i"][:, -1] += 16
-
-    def reference(*inputs):
-        h, state = oracle.mlstm(*inputs)
-        return [h, *state]
-
     expected = Truth(reference, inputs, {}, "float32")
     run = conformance.form("mlstm", kernel, (("chunk_size", 5),), False)
     outputs, slopes = run(list(expected.tensors.values()), expected.weights, {})

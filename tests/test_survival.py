@@ -136,6 +136,12 @@ print(digest)
 """
 
 
+def environment():
+    """For other processes, which import this file too."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return os.environ | {"PYTHONPATH": path}
+
+
 @pytest.mark.long_on_xla
 @pytest.mark.parametrize(
     "code",
@@ -146,10 +152,9 @@ print(digest)
 )
 def test_one_seed_gives_the_same_bits_in_another_process(code):
     command = [sys.executable, "-c", NO_TRITON + code]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     other = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -225,7 +230,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, kills, monkeypatch
 
 
 def train_presets(lm, folder, epochs):
-    """Saves the model after each epoch, as `keras.callbacks.LambdaCallback` does, and says so."""
+    """The losses of a training that saves the model after each epoch, and says so."""
 
     def save(epoch, logs):
         lm.save_to_preset(folder)
@@ -257,17 +262,16 @@ def test_training_goes_on_from_the_preset_that_a_kill_left(tmp_path, kills):
         return model, [ops.convert_to_numpy(w) for w in model.weights]
 
     kept = [weights_of(tmp_path / "start")[1]]
-    losses = []
+    expected = []
     for _ in range(epochs):
-        losses += train_presets(lm, tmp_path / "whole", 1)
+        expected += train_presets(lm, tmp_path / "whole", 1)
         kept.append([ops.convert_to_numpy(w) for w in lm.weights])
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     for number in range(kills):
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "start", folder)
         process = subprocess.Popen(
             [sys.executable, "-c", NO_TRITON + TRAIN_PRESETS, folder],
-            env=os.environ | {"PYTHONPATH": path},
+            env=environment(),
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -279,4 +283,4 @@ def test_training_goes_on_from_the_preset_that_a_kill_left(tmp_path, kills):
         model, weights = weights_of(folder)
         (epoch,) = [n for n, x in enumerate(kept) if all(map(np.array_equal, x, weights))]
         if epoch < epochs:
-            assert train_presets(model, folder, epochs - epoch) == losses[epoch:]
+            assert train_presets(model, folder, epochs - epoch) == expected[epoch:]

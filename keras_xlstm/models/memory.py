@@ -101,7 +101,7 @@ def predict_memory(config, batch_size, sequence_length, optimizer="adamw", remat
     before, after = _activations(backbone, rows, sequence_length, model, remat, eager)
     slots = sum(map(_bytes, optimizer.variables))
     at_once = parameters if eager or optimizer.global_clipnorm else 0
-    update = parameters + UPDATE * parameters if eager else 0
+    update = (1 + UPDATE) * parameters if eager else 0  # with the gradients
     return Memory(
         parameters=parameters,
         gradients=parameters,
