@@ -31,10 +31,19 @@ OPS = {  # ours, the reference, shapes of inputs
 }
 
 
+@pytest.fixture
+def not_intel(monkeypatch):
+    if keras.backend.backend() == "torch":
+        from keras_xlstm_triton import eager_linear, products
+
+        for module in (eager_linear, products):
+            monkeypatch.setattr(module, "mkl_is_best", lambda: False)
+
+
 @pytest.mark.parametrize(
     "op, kernel", [(op, kernel) for op in OPS for kernel in kernels.available(op)]
 )
-def test_values_and_gradients(op, kernel):
+def test_values_and_gradients(op, kernel, not_intel):
     ours, reference, shapes = OPS[op]
     rng = np.random.default_rng(3)
     inputs = {f"input {j}": rng.normal(size=shape) for j, shape in enumerate(shapes)}
@@ -110,7 +119,7 @@ def test_token_loss_is_that_of_keras():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's kernels")
-def test_the_first_product_may_come_while_torch_traces():
+def test_the_first_product_may_come_while_torch_traces(not_intel):
     from keras_xlstm_triton import products
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -118,3 +127,13 @@ def test_the_first_product_may_come_while_torch_traces():
     q, gate = ops.ones((1, 3, 1, 4)), ops.zeros((1, 3, 1))
     traced = make_fx(lambda *x: mlstm(*x, kernel="torch"), tracing_mode="fake")(q, q, q, gate, gate)
     assert traced(q, q, q, gate, gate).shape == q.shape
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's kernels")
+def test_products_are_mkl_s_on_intel(monkeypatch):
+    from keras_xlstm_triton import eager_linear
+
+    x = ops.ones((64, 128)), ops.ones((128, 256))
+    for is_intel, expected in ((True, "keras"), (False, "onednn")):
+        monkeypatch.setattr(eager_linear, "mkl_is_best", lambda is_intel=is_intel: is_intel)
+        assert kernels.choose("linear", "auto", x, {}).name == expected

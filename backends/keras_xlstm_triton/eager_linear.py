@@ -1,12 +1,14 @@
 """Products and losses for torch on the CPU.
 
 `torch.matmul` in float32 is MKL's, which does not use the wider registers of processors that
-Intel did not build; torch carries oneDNN too, which does: twice as fast there, and no slower
-elsewhere. The soft cap and the loss write their gradients out, since each pass over the logits of
-a large vocabulary costs as much as the product that gave them.
+Intel did not build; torch carries oneDNN too, which does: twice as fast there. The soft cap and
+the loss write their gradients out, since each pass over the logits of a large vocabulary costs as
+much as the product that gave them.
 """
 
 import torch
+
+from keras_xlstm_triton.products import mkl_is_best
 
 FEWEST_PRODUCTS = 2**20  # below, the call costs more than it saves
 
@@ -31,6 +33,8 @@ def why_not_linear(x, weights):
         return f"needs float32, received {x.dtype} and {weights.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "leaves torch.autocast to torch.matmul"
+    if mkl_is_best():
+        return "leaves products to torch's own library, MKL, which Intel wrote for this processor"
     rows = x[..., 0].numel()
     if rows == 1:
         return "needs more than one row"
