@@ -14,3 +14,4 @@ def register_kernels():
     kernels.register("pallas", slstm.slstm, slstm.why_not, op="slstm", priority=20, how=slstm.how)
     kernels.register("xla", xla.mlstm, xla.why_not, priority=10, how=xla.how)
     kernels.register("xla", xla.slstm, xla.why_not, op="slstm", priority=10, how=step_by_step)
+    kernels.register("xla", xla.cross_entropy, op="cross_entropy", priority=10)

@@ -7,6 +7,7 @@ gradients are our own; the kernels in plain `keras.ops` have it.
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from keras_xlstm.ops import mlstm_chunks, slstm_loop
 
@@ -66,3 +67,35 @@ def _slstm_backward(residuals, gradients):
 
 
 _slstm.defvjp(_slstm_forward, _slstm_backward)
+
+
+@jax.custom_vjp
+def cross_entropy(logits, targets):
+    """In float32, without copies of the logits for their logarithms and for the targets."""
+    return _cross_entropy_forward(logits, targets)[0]
+
+
+def _cross_entropy_forward(logits, targets):
+    x = logits.astype("float32")
+    largest = jnp.max(x, -1, keepdims=True)
+    sums = jax.lax.platform_dependent(
+        jnp.exp(x - largest), cpu=_sum_by_product, default=functools.partial(jnp.sum, axis=-1)
+    )
+    total = jnp.log(sums) + largest[..., 0]
+    picked = jnp.take_along_axis(x, targets[..., None], -1)[..., 0]
+    return (total - picked).astype(logits.dtype), (logits, targets, total)
+
+
+def _sum_by_product(x):
+    """On a CPU XLA takes one thread for a sum, and for what it is a sum of."""
+    return jnp.matmul(x, jnp.ones(x.shape[-1], x.dtype), precision="highest")
+
+
+def _cross_entropy_backward(residuals, d_loss):
+    logits, targets, total = residuals
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    off = jnp.exp(logits.astype("float32") - total[..., None]) - (ids == targets[..., None])
+    return (d_loss[..., None] * off).astype(logits.dtype), None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -14,19 +14,22 @@ from keras_xlstm.distribution import SequenceParallel
 
 def linear(x, weights, *, kernel="auto"):
     """`x @ weights`: x (..., D), weights (D, N) -> (..., N)."""
-    args = ops.convert_to_tensor(x), ops.convert_to_tensor(weights)
-    return kernels.choose("linear", kernel, args, {}).run(*args)
+    x, weights = ops.convert_to_tensor(x), ops.convert_to_tensor(weights)
+    lead = ops.shape(x)[:-1]
+    if apart := wants_rows(x):
+        x = ops.reshape(x, (-1, x.shape[-1]))
+    y = kernels.choose("linear", kernel, (x, weights), {}).run(x, weights)
+    return ops.reshape(y, (*lead, y.shape[-1])) if apart else y
 
 
-def rows(x):
-    """(..., D) -> (rows, D): XLA would transpose axes that stay apart, in the backward pass.
+def wants_rows(x):
+    """Whether leading axes are made one: XLA transposes the gradient of what has several.
 
     Unless steps are split over devices: rows of one device would then not lie together.
     """
-    on_jax = keras.backend.backend() == "jax"
-    if on_jax and isinstance(keras.distribution.distribution(), SequenceParallel):
-        return x
-    return ops.reshape(x, (-1, x.shape[-1]))
+    if keras.backend.backend() != "jax" or len(x.shape) < 3:
+        return False
+    return not isinstance(keras.distribution.distribution(), SequenceParallel)
 
 
 def cross_entropy(logits, targets, *, kernel="auto"):
