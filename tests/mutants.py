@@ -135,6 +135,12 @@ MUTANTS = {
         ("m_new = tl.maximum(i, passing)", "m_new = passing"),
         ("tl.where(on, dm_new, dm), tl.where(on, 0.0, dh)", "dm_new, tl.where(on, 0.0, dh)"),
     ],
+    PALLAS + "xla.py": [
+        ("jnp.exp(x - largest)", "jnp.exp(x)"),
+        ("jnp.log(sums) + largest[..., 0]", "jnp.log(sums)"),
+        ("(ids == targets[..., None])", "(ids > targets[..., None])"),
+        ("(d_loss[..., None] * off)", "off"),
+    ],
     PALLAS + "mlstm_chunk.py": [
         ("jnp.where(t >= j, logarithms", "jnp.where(t > j, logarithms"),
         ("step == len(self.from_start) - 1", "step == 0"),
@@ -219,6 +225,7 @@ JUDGES = {
         "tests/test_mlstm.py -k 'triton-step'",
     ),
     TORCH + "slstm_scan.py": ("triton", "tests/test_slstm.py -k triton", f"{TRITON} -k slstm"),
+    PALLAS + "xla.py": ("jax", "tests/test_linear.py"),
     PALLAS + "mlstm_chunk.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_tpu"),
     PALLAS + "mlstm_tpu.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_tpu"),
     PALLAS + "mlstm_gpu.py": ("jax", f"{OF_PALLAS}.py -k as_on_a_gpu"),

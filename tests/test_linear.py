@@ -55,6 +55,30 @@ def test_values_and_gradients(op, kernel, not_intel):
     expected.check_gradients(gradients)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", kernels.available("cross_entropy"))
+def test_cross_entropy_of_large_logits(kernel, dtype):
+    logits = ops.cast(1000 * keras.random.normal((3, 50, 300), seed=0), dtype)
+    loss = cross_entropy(logits, ops.convert_to_tensor(TARGETS), kernel=kernel)
+    expected = ops.convert_to_numpy(ops.cast(logits, "float32")).astype("float64")
+    largest = expected.max(-1)
+    expected = exact_cross_entropy(expected - largest[..., None])
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(ops.cast(loss, "float32")),
+        expected,
+        rtol=tolerance,
+        atol=largest.max() * 1e-6,
+    )
+
+
+@pytest.mark.parametrize("shape", [(128,), (50, 128), (3, 50, 128), (2, 3, 5, 128)])
+def test_products_of_any_number_of_axes(shape):
+    x, weights = (np.random.default_rng(0).normal(size=s) for s in (shape, (128, 64)))
+    y = linear(*(ops.convert_to_tensor(z, "float32") for z in (x, weights)))
+    np.testing.assert_allclose(ops.convert_to_numpy(y), x @ weights, rtol=1e-4, atol=1e-4)
+
+
 def test_dense_is_that_of_keras():
     x = keras.random.normal((40, 3, 64))
     ours, theirs = Dense(512, activation="relu"), keras.layers.Dense(512, activation="relu")
