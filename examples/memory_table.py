@@ -1,9 +1,9 @@
 """What `predict_memory` says of a train step, beside what the framework reports of it.
 
 On JAX that is what the compiled program holds, its arguments and its temporaries; on PyTorch the
-most that its allocator held at once, while Python's garbage collector ran often: what Keras does
-with trees of tensors keeps those that layers were given until it runs. TensorFlow does not say what
-a step on a CPU takes.
+most that its allocator held at once, while Python's garbage collector ran before each block and
+each update: what Keras does with trees of tensors keeps those that layers were given until it runs.
+TensorFlow does not say what a step on a CPU takes.
 
     python examples/memory_table.py
 
@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 
+import functools
 import gc
 import itertools
 import sys
@@ -64,14 +65,24 @@ def measured(config, batch_size, sequence_length, remat=False):
     import torch
 
     lm.train_on_batch(*data)
-    gc.freeze()
-    gc.set_threshold(100, 1, 1)
+    for block in lm.backbone.stack.blocks:
+        block.call = _after_collection(block.call)
+    lm.optimizer.apply = _after_collection(lm.optimizer.apply)
     with torch.profiler.profile(profile_memory=True) as profile:
         lm.train_on_batch(*data)
     events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
     changes = [x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())]
     kept = sum(x.value.nbytes for x in (*lm.variables, *lm.optimizer.variables))
     return kept + max(itertools.accumulate(changes))
+
+
+def _after_collection(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        gc.collect()
+        return function(*args, **kwargs)
+
+    return run
 
 
 def _program(lm, data):

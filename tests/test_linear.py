@@ -11,6 +11,7 @@ from keras_xlstm.layers.dense import Dense, TokenEmbedding
 from keras_xlstm.models.token_loss import TokenLoss
 from keras_xlstm.ops import mlstm, soft_cap
 from keras_xlstm.ops.linear import cross_entropy, linear
+from keras_xlstm.ops.normalize import rms_normalize
 
 TARGETS = np.random.default_rng(4).integers(0, 300, (3, 50))
 
@@ -23,6 +24,11 @@ def exact_cross_entropy(logits):
 OPS = {  # ours, the reference, shapes of inputs
     "linear": (linear, np.matmul, [(3, 50, 128), (128, 100)]),  # as large as a kernel may want it
     "soft_cap": (lambda x: soft_cap(x, 1.5), lambda x: 1.5 * np.tanh(x / 1.5), [(3, 5, 7)]),
+    "rms_normalize": (
+        lambda x, scale: rms_normalize(x, scale, 0.1),
+        lambda x, scale: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 0.1) * scale,
+        [(3, 50, 7), (7,)],
+    ),
     "cross_entropy": (
         lambda logits: cross_entropy(logits, ops.convert_to_tensor(TARGETS)),
         exact_cross_entropy,

@@ -28,4 +28,11 @@ def register_kernels():
     kernels.register("torch", eager_linear.soft_cap, why_not, op="soft_cap", priority=10)
     kernels.register("torch", eager_linear.cross_entropy, why_not, op="cross_entropy", priority=10)
     kernels.register("torch", eager_linear.normalize, why_not, op="normalize", priority=10)
+    kernels.register(
+        "torch",
+        eager_linear.rms_normalize,
+        eager_linear.why_not_rms_normalize,
+        op="rms_normalize",
+        priority=10,
+    )
     kernels.register("traced", traced.repeated, traced.why_not, op="repeated", priority=10)

@@ -1,4 +1,4 @@
-"""Products and losses for torch on the CPU.
+"""Products, norms and losses for torch on the CPU.
 
 `torch.matmul` in float32 is MKL's, which does not use the wider registers of processors that
 Intel did not build; torch carries oneDNN too, which does: twice as fast there. The soft cap and
@@ -100,6 +100,55 @@ class SoftCap(torch.autograd.Function):
 
 def normalize(x, eps):
     return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def why_not_rms_normalize(x, scale, eps):
+    if reason := why_not(x):
+        return reason
+    if torch.compiler.is_compiling():
+        return "leaves it to torch.compile to make the plain form one"
+    if x.device.type != "cpu":
+        return f"needs a CPU: torch has one form for {x.device.type}"
+
+
+def rms_normalize(x, scale, eps):
+    with torch.autocast(x.device.type, enabled=False):
+        y = RMSNormalize.apply(x.float().reshape(-1, x.shape[-1]), scale.float(), eps)
+    return y.view(x.shape).to(x.dtype)
+
+
+class RMSNormalize(torch.autograd.Function):
+    """Keeps its input only. Of x (R, D) and scale (D)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, scale, eps):
+        return (x * over_rms(x, eps)).mul_(scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, ctx.eps = inputs
+        ctx.save_for_backward(x, scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, scale = ctx.saved_tensors
+        factor = over_rms(x, ctx.eps)
+        both = dy * x
+        along = (both @ scale)[:, None] * (factor**3 / -x.shape[1])
+        d_scale = factor[:, 0] @ both
+        if torch.is_grad_enabled():  # to be differentiated again
+            return dy * scale * factor + x * along, d_scale, None
+        return torch.mul(dy, scale, out=both).mul_(factor).addcmul_(x, along), d_scale, None
+
+
+def over_rms(x, eps):
+    """1 / sqrt(mean(x^2) + eps) of each row."""
+    if torch.is_grad_enabled():  # where the length is 0, it has no second derivative
+        return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (length.square_() / x.shape[-1]).add_(eps).rsqrt_()
 
 
 def cross_entropy(logits, targets):

@@ -4,6 +4,7 @@ from keras.src import backend
 from keras_xlstm.layers.composite import Composite, features_spec
 from keras_xlstm.layers.large_block import XLSTMLargeBlock
 from keras_xlstm.layers.mlstm_block import MLSTMBlock
+from keras_xlstm.layers.rms_norm import RMSNorm
 from keras_xlstm.layers.slstm_block import SLSTMBlock
 from keras_xlstm.layers.zero_centered_layer_norm import ZeroCenteredLayerNorm
 from keras_xlstm.ops.checks import as_flags, check_positive_int, check_shapes, is_int, repr
@@ -97,11 +98,7 @@ class XLSTMBlockStack(Composite):
         self.input_spec = keras.layers.InputSpec(ndim=3)
         self.blocks = [self._block(index) for index in range(num_blocks)]
         norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm")
-        self.norm = (
-            keras.layers.RMSNormalization(**norm)
-            if block_style == "large"
-            else ZeroCenteredLayerNorm(**norm)
-        )
+        self.norm = RMSNorm(**norm) if block_style == "large" else ZeroCenteredLayerNorm(**norm)
         self.norm.supports_masking = True
 
     def _block(self, index):

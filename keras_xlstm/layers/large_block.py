@@ -6,6 +6,7 @@ from keras_xlstm.layers.initializers import PowerlawForgetBias, small_init, wang
 from keras_xlstm.layers.mlstm import MLSTM
 from keras_xlstm.layers.multi_head_norm import MultiHeadNorm
 from keras_xlstm.layers.recurrent import flat_shapes
+from keras_xlstm.layers.rms_norm import RMSNorm
 from keras_xlstm.layers.slstm import SLSTM
 from keras_xlstm.ops.checks import (
     check_cap,
@@ -106,10 +107,7 @@ class XLSTMLargeBlock(Block):
         self.ffn.build(input_shape)
 
     def _rms_norm(self, name, input_shape):
-        norm = keras.layers.RMSNormalization(
-            epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name
-        )
-        norm.supports_masking = True
+        norm = RMSNorm(epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name)
         norm.build(input_shape)
         return norm
 

@@ -198,13 +198,13 @@ def _activations(backbone, rows, steps, model, remat, eager):
     written = sum(set(_written(x, rows, steps, D, model) for x in backbone.stack.blocks))
     if remat:
         # The inputs of all blocks, and one that is computed again, but for its silu. The gradients
-        # of its input come one for each projection. Of the logits: tanh of the cap, two of softmax.
-        again = max(blocks) + tokens * 7 * D * compute + written
+        # of its input come one for each projection; PyTorch adds them up as they come. Of the
+        # logits: tanh of the cap and their softmax, and PyTorch's gradient of the cap.
+        again = max(blocks) + tokens * (3 if eager else 7) * D * compute + written
         inputs = tokens * D * compute * len(blocks)
-        head = tokens * (norm // 2 + 3 * 4 * vocabulary)
+        head = tokens * (norm // 2 + (3 if eager else 2) * 4 * vocabulary)
         return tokens * embedded + inputs + head + again, tokens * embedded + again
-    # Of the logits besides: their gradient, which PyTorch puts where the softmax was.
-    head = tokens * (norm + (3 if eager else 4) * 4 * vocabulary)
+    head = tokens * (norm + (3 if eager else 2) * 4 * vocabulary)
     kept = tokens * embedded + written
     return kept + sum(blocks) + head, kept + blocks[0]
 
@@ -214,8 +214,9 @@ def _block(block, rows, steps, D, model, compute, remat, eager):
     tokens, NH = rows * steps, block.num_heads // model
     if isinstance(block, XLSTMLargeBlock):
         F = block.ffn.intermediate_dim // model
-        # Sums of both branches, what is normalized for each; gate, up, sigmoid, product, silu.
-        kept = compute * (4 * D + (4 if remat else 5) * F)
+        # Sums of both branches, what is normalized for each, of which XLA keeps one before it is
+        # scaled; gate, up, sigmoid, product, silu.
+        kept = compute * ((3 if eager else 4) * D + (4 if remat else 5) * F)
         if eager and compute < 4 and not remat:  # float32 around both norms
             kept += 4 * 5 * D
         if block.slstm:
@@ -230,8 +231,9 @@ def _block(block, rows, steps, D, model, compute, remat, eager):
         # Of the block's width: its sum, what is normalized, and centred. Of the inner width:
         # up-projection (2), convolution (2), silu (2), query, key, all three side by side (3), the
         # heads' normalized outputs, those with the skip, the gate's silu (2), what it lets through.
-        # PyTorch keeps four more around the convolution: steps in order, without the masked ones.
-        kept = compute * (3 * D + (20 if eager else 16) * inner)
+        # XLA keeps two more around the convolution, PyTorch four: steps in order, without the
+        # masked ones.
+        kept = compute * (3 * D + (20 if eager else 18) * inner)
         heads = NH, block.head_dim, block.head_dim
         return tokens * kept + _mlstm(rows, steps, *heads, block.chunk_size, compute)
     F = block.ffn.intermediate_dim // model

@@ -17,5 +17,20 @@ def _normalize(x, eps):
     return x * ops.rsqrt(variance + eps)
 
 
+def rms_normalize(x, scale, eps):
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, computed in float32 or more.
+
+    A kernel of the operation "rms_normalize" has the same arguments.
+    """
+    args = x, ops.convert_to_tensor(scale), eps
+    return kernels.choose("rms_normalize", "auto", args, {}).run(*args)
+
+
+def _rms_normalize(x, scale, eps):
+    return ops.rms_normalization(x, scale, axis=-1, epsilon=eps)
+
+
 kernels.define("normalize", lambda x, eps: ((x, eps), {}))
 kernels.register("keras", _normalize, op="normalize")
+kernels.define("rms_normalize", lambda x, scale, eps: ((x, scale, eps), {}))
+kernels.register("keras", _rms_normalize, op="rms_normalize")
