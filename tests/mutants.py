@@ -83,6 +83,12 @@ MUTANTS = {
         ("m_end = ops.where(n_end == 0, m_start, m_end)", "pass"),
         ("ops.where(happens, F, 1.0)", "F"),
     ],
+    TORCH + "eager_linear.py": [
+        ("(factor**3 / -x.shape[1])", "(factor**3 / x.shape[1])"),
+        ("mul_(factor).addcmul_(x, along)", "addcmul_(x, along)"),
+        ("dy * scale * factor + x * along", "dy * scale * factor"),
+        ("d_scale = factor[:, 0] @ both", "d_scale = both.sum(0)"),
+    ],
     TORCH + "eager_mlstm.py": [
         ("log_f.clamp(min=SHUT).cumsum(-1)", "log_f.clamp(min=-1e3).cumsum(-1)"),
         ("offered = (s - b).cummax(-1).values", "offered = s - b"),
@@ -215,6 +221,7 @@ JUDGES = {
     OPS + "masks.py": ("torch", CONV),
     OPS + "mlstm_chunks.py": ("jax", *MLSTM, "tests/test_mlstm.py -k 'decays and xla'"),
     OPS + "slstm_loop.py": ("jax", *SLSTM),
+    TORCH + "eager_linear.py": ("torch", "tests/test_linear.py"),
     TORCH + "eager_mlstm.py": ("torch", *MLSTM),
     TORCH + "eager_slstm.py": ("torch", *SLSTM),
     TORCH + "mlstm_walk.py": ("triton", *WALK),

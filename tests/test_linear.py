@@ -167,3 +167,39 @@ def test_products_are_mkl_s_on_intel(monkeypatch):
     for is_intel, expected in ((True, "keras"), (False, "onednn")):
         monkeypatch.setattr(eager_linear, "mkl_is_best", lambda is_intel=is_intel: is_intel)
         assert kernels.choose("linear", "auto", x, {}).name == expected
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's kernels")
+def test_second_derivatives_of_the_norm():
+    import torch
+    from keras_xlstm_triton.eager_linear import RMSNormalize
+
+    x = torch.randn(5, 7, dtype=torch.float64)
+    x[2] = 0
+    inputs = x.requires_grad_(), torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *x: RMSNormalize.apply(*x, 0.1), inputs)
+    y, dy = RMSNormalize.apply(*inputs, 0.1), torch.randn(5, 7, dtype=torch.float64)
+    once = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    for a, b in zip(once, torch.autograd.grad(y, inputs, dy, create_graph=True), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's kernels")
+def test_the_norm_s_own_gradient_serves_where_one_is_taken():
+    import torch
+
+    x = torch.ones(2, 3, 4), torch.ones(4, requires_grad=True), 0.1
+    assert kernels.choose("rms_normalize", "auto", x, {}).name == "torch"
+    with torch.no_grad():
+        assert kernels.choose("rms_normalize", "auto", x, {}).name == "keras"
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's kernels")
+def test_second_derivatives_of_the_loss():
+    import jax
+    from jax.test_util import check_grads
+    from keras_xlstm_pallas.xla import cross_entropy
+
+    logits = jax.random.normal(jax.random.key(0), (5, 7))
+    targets = jax.numpy.arange(5)
+    check_grads(lambda x: cross_entropy(x, targets), [logits], order=2, modes=["rev"], rtol=2e-2)

@@ -109,11 +109,14 @@ def why_not_rms_normalize(x, scale, eps):
         return "leaves it to torch.compile to make the plain form one"
     if x.device.type != "cpu":
         return f"needs a CPU: torch has one form for {x.device.type}"
+    if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+        return "pays where there is a gradient to take"
 
 
 def rms_normalize(x, scale, eps):
+    dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        y = RMSNormalize.apply(x.float().reshape(-1, x.shape[-1]), scale.float(), eps)
+        y = RMSNormalize.apply(x.to(dtype).reshape(-1, x.shape[-1]), scale.to(dtype), eps)
     return y.view(x.shape).to(x.dtype)
 
 
