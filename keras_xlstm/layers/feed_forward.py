@@ -4,6 +4,7 @@ from keras_xlstm.layers.composite import Composite, features_spec
 from keras_xlstm.layers.dense import Dense
 from keras_xlstm.layers.initializers import small_init, wang_init
 from keras_xlstm.ops.checks import check_positive_int
+from keras_xlstm.ops.linear import rows
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -53,7 +54,10 @@ class GatedFeedForward(Composite):
         self.down = dense(D, "down", wang_init(D, self.num_blocks), inner_shape)
 
     def call(self, x):
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        shape = keras.ops.shape(x)
+        x = rows(x)
+        y = self.down(self.activation(self.gate(x)) * self.up(x))
+        return keras.ops.reshape(y, shape)
 
     def compute_output_shape(self, input_shape):
         return input_shape

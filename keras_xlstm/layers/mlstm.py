@@ -19,6 +19,7 @@ from keras_xlstm.ops.checks import (
     given,
     is_number,
 )
+from keras_xlstm.ops.linear import rows
 
 
 @keras.saving.register_keras_serializable("keras_xlstm")
@@ -195,7 +196,7 @@ class MLSTMCell(Composite, DropoutRNNCell):
 
     def _project(self, x):
         """(..., D) -> q, k, v (..., NH, DH) and the gates i, f (..., NH), capped, float32."""
-        lead, NH = kops.shape(x)[:-1], self.num_heads
+        lead, NH, x = kops.shape(x)[:-1], self.num_heads, rows(x)
         q = kops.reshape(self.query(x), (*lead, NH, self.key_dim))
         k = kops.reshape(self.key(x), (*lead, NH, self.key_dim))
         v = kops.reshape(self.value(x), (*lead, NH, self.value_dim))
@@ -206,8 +207,10 @@ class MLSTMCell(Composite, DropoutRNNCell):
         return q, k, v, i, f
 
     def _read_out(self, h, x):
+        lead, x = kops.shape(x)[:-1], rows(x)
         h = kops.reshape(self.norm(h), (*kops.shape(x)[:-1], self.num_heads * self.value_dim))
-        return self.output_projection(kops.sigmoid(self.output_gate(x)) * h)
+        y = self.output_projection(kops.sigmoid(self.output_gate(x)) * h)
+        return kops.reshape(y, (*lead, self.units))
 
     def get_config(self):
         return super().get_config() | {

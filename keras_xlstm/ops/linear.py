@@ -11,25 +11,26 @@ from keras import ops
 from keras_xlstm import kernels
 from keras_xlstm.distribution import SequenceParallel
 
+ON_JAX = keras.backend.backend() == "jax"
+
 
 def linear(x, weights, *, kernel="auto"):
     """`x @ weights`: x (..., D), weights (D, N) -> (..., N)."""
     x, weights = ops.convert_to_tensor(x), ops.convert_to_tensor(weights)
-    lead = ops.shape(x)[:-1]
-    if apart := wants_rows(x):
-        x = ops.reshape(x, (-1, x.shape[-1]))
-    y = kernels.choose("linear", kernel, (x, weights), {}).run(x, weights)
-    return ops.reshape(y, (*lead, y.shape[-1])) if apart else y
+    flat = rows(x) if ON_JAX and len(x.shape) > 2 else x
+    y = kernels.choose("linear", kernel, (flat, weights), {}).run(flat, weights)
+    return y if flat is x else ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
 
 
-def wants_rows(x):
-    """Whether leading axes are made one: XLA transposes the gradient of what has several.
+def rows(x):
+    """(..., D) -> (rows, D): XLA would transpose axes that stay apart, in the backward pass.
 
+    For layers with several products, of which LiteRT gives wrong results where axes stay apart.
     Unless steps are split over devices: rows of one device would then not lie together.
     """
-    if keras.backend.backend() != "jax" or len(x.shape) < 3:
-        return False
-    return not isinstance(keras.distribution.distribution(), SequenceParallel)
+    if ON_JAX and isinstance(keras.distribution.distribution(), SequenceParallel):
+        return x
+    return ops.reshape(x, (-1, x.shape[-1]))
 
 
 def cross_entropy(logits, targets, *, kernel="auto"):
