@@ -185,6 +185,24 @@ def test_second_derivatives_of_the_norm():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's kernels")
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_the_norm_under_vmap(axes):
+    import torch
+    from keras_xlstm_triton.eager_linear import RMSNormalize
+
+    def gradients(*inputs):
+        return torch.func.grad(lambda *x: RMSNormalize.apply(*x, 0.1).sin().sum(), (0, 1))(*inputs)
+
+    stacked = torch.randn(3, 5, 7), torch.randn(3, 7)
+    inputs = [x if axis == 0 else x[0] for x, axis in zip(stacked, axes, strict=True)]
+    got = torch.vmap(gradients, axes)(*inputs)
+    for j in range(3):
+        each = [x[j] if axis == 0 else x for x, axis in zip(inputs, axes, strict=True)]
+        for a, b in zip(got, gradients(*each), strict=True):
+            torch.testing.assert_close(a[j], b)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's kernels")
 def test_the_norm_s_own_gradient_serves_where_one_is_taken():
     import torch
 

@@ -3,7 +3,7 @@
 `torch.matmul` in float32 is MKL's, which does not use the wider registers of processors that
 Intel did not build; torch carries oneDNN too, which does: twice as fast there. The soft cap and
 the loss write their gradients out, since each pass over the logits of a large vocabulary costs as
-much as the product that gave them.
+much as the product that gave them; so does the norm, which torch composes of many.
 """
 
 import torch
@@ -127,7 +127,7 @@ class RMSNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, scale, eps):
-        return (x * over_rms(x, eps)).mul_(scale)
+        return x * over_rms(x, eps) * scale
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -143,7 +143,7 @@ class RMSNormalize(torch.autograd.Function):
         d_scale = factor[:, 0] @ both
         if torch.is_grad_enabled():  # to be differentiated again
             return dy * scale * factor + x * along, d_scale, None
-        return torch.mul(dy, scale, out=both).mul_(factor).addcmul_(x, along), d_scale, None
+        return (dy * scale).mul_(factor).addcmul_(x, along), d_scale, None
 
 
 def over_rms(x, eps):
@@ -151,7 +151,7 @@ def over_rms(x, eps):
     if torch.is_grad_enabled():  # where the length is 0, it has no second derivative
         return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (length.square_() / x.shape[-1]).add_(eps).rsqrt_()
+    return (length.square() / x.shape[-1] + eps).rsqrt()
 
 
 def cross_entropy(logits, targets):

@@ -99,7 +99,6 @@ class XLSTMBlockStack(Composite):
         self.blocks = [self._block(index) for index in range(num_blocks)]
         norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm")
         self.norm = RMSNorm(**norm) if block_style == "large" else ZeroCenteredLayerNorm(**norm)
-        self.norm.supports_masking = True
 
     def _block(self, index):
         slstm = index in self.slstm_at
