@@ -18,9 +18,11 @@ class Torch:
         if kind == "gpu" and not torch.cuda.is_available():
             raise RuntimeError("torch finds no GPU")
         self.chip = torch.cuda.get_device_name() if kind == "gpu" else "a CPU"
+        self.random = torch.Generator(self.name).manual_seed(0)
 
     def normal(self, *shape, dtype="float32"):
-        return self.torch.randn(shape, device=self.name, dtype=getattr(self.torch, dtype))
+        options = {"device": self.name, "dtype": getattr(self.torch, dtype)}
+        return self.torch.randn(shape, generator=self.random, **options)
 
     def seconds(self, run, repeats=1):
         """Of each of several runs in a row: by CUDA events, on a CPU by the plain clock."""

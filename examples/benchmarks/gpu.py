@@ -217,7 +217,7 @@ class Benchmark:
         inputs, d_h = self.mlstm_inputs(shape, dtype)
         exact, weight = [as_float64(x) for x in inputs], as_float64(d_h)
         rng = np.random.default_rng(0)
-        directions = [rng.normal(size=(3, *x.shape)) for x in exact]
+        directions = [rng.normal(size=(8, *x.shape)) for x in exact]
         truth = {"h": oracle.mlstm(*exact)[0]}
 
         def loss(*x):
