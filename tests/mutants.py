@@ -64,6 +64,7 @@ MUTANTS = {
         ("SHUT = -(2.0**18)", "SHUT = -(2.0**10)"),
         ("coarse = ops.round((log_f - large) * 64) / 64", "coarse = 0 * large"),
         ("return steps[:, None] >= steps[None, :]", "return steps[:, None] > steps[None, :]"),
+        ("ops.cast(ops.transpose(up_to(", "ops.cast((up_to("),
         ("dm_t = -eps * along", "dm_t = 0 * along"),
         ("d_nq = ops.where(ops.abs(nq) > w.floor(), -along", "d_nq = ops.where(nq > 0, -along"),
         ("new = dq, dk + dk_end, dv", "new = dq, dk, dv"),

@@ -10,10 +10,11 @@ import oracle
 import pytest
 from conformance import OPS, Case, as_numpy, truth
 from keras import ops
-from layer_cases import LAYERS, NOISE, B, D, S, new_layer
+from layer_cases import LAYERS, NOISE, B, D, S, new_layer, random
 
 from keras_xlstm import kernels
-from keras_xlstm.ops import mlstm_chunks, slstm_loop
+from keras_xlstm.ops import mlstm_chunks, slstm_loop, soft_cap
+from keras_xlstm.ops.linear import cross_entropy
 
 pytestmark = pytest.mark.compiled
 BACKEND = keras.backend.backend()
@@ -189,6 +190,23 @@ def test_gradients_of_a_layer_for_each_sample(kind):
     each = vmap(grad(loss), (None, 0))(weights, x[:, None])
     for got, whole in zip(each, grad(loss)(weights, x), strict=True):
         np.testing.assert_allclose(as_numpy(got).sum(0), as_numpy(whole), **NOISE)
+
+
+@functional
+@pytest.mark.parametrize("kind", [*LAYERS, "loss of logits"])
+def test_jacobian(kind):
+    """One gradient for each output, all at once, beside the gradient of their sum."""
+    x = ops.convert_to_tensor(random(1, 5, D))
+
+    def loss_of_logits(logits):
+        return cross_entropy(soft_cap(logits, 3.0), ops.arange(5)[None] % D)
+
+    function = new_layer(kind) if kind in LAYERS else loss_of_logits
+    grad, _ = transforms()
+    jacobian = torch.func.jacrev if BACKEND == "torch" else jax.jacrev
+    each = as_numpy(jacobian(function)(x)).reshape(-1, *x.shape)
+    whole = grad(lambda x: ops.sum(function(x)))(x)
+    np.testing.assert_allclose(each.sum(0), as_numpy(whole), **NOISE)
 
 
 @on_torch

@@ -243,7 +243,11 @@ def prefix_sums(log_f):
     log_f = ops.maximum(log_f, SHUT)
     large = ops.round(log_f / 64) * 64
     coarse = ops.round((log_f - large) * 64) / 64
-    return [ops.cumsum(x, -1) for x in (large, coarse, (log_f - large) - coarse)]
+    # As products: XLA would compute its own sums again for each pair of steps.
+    parts = ops.stack([large, coarse, (log_f - large) - coarse])
+    upper = ops.cast(ops.transpose(up_to(log_f.shape[-1])), "float32")
+    sums = einsum("pbhgj,jt->pbhgt", parts, upper)
+    return [sums[part] for part in range(3)]
 
 
 def total(sums):
@@ -265,11 +269,11 @@ def up_to(L):
 
 def row_sums(x):
     """Over the last axis, as products: XLA's own sums are slow on CPU."""
-    return ops.squeeze(einsum("bhgij,jx->bhgix", x, ops.ones((x.shape[-1], 1))), -1)
+    return einsum("bhgij,bhgj->bhgi", x, ops.ones_like(x[..., 0, :]))
 
 
 def column_sums(x):
-    return ops.squeeze(einsum("xi,bhgij->bhgxj", ops.ones((1, x.shape[-2])), x), -2)
+    return einsum("bhgi,bhgij->bhgj", ops.ones_like(x[..., 0]), x)
 
 
 def through_decays(d_inside, d_from_start, d_to_end, d_between):
