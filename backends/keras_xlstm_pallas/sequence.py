@@ -26,7 +26,7 @@ from jax import numpy as jnp
 
 from keras_xlstm import kernels
 from keras_xlstm.distribution import SequenceParallel
-from keras_xlstm.ops.mlstm_chunks import prefix_sums, total
+from keras_xlstm.ops.mlstm_chunks import in_parts, total
 from keras_xlstm.ops.products import einsum
 
 P = jax.sharding.PartitionSpec
@@ -116,7 +116,7 @@ class SegmentMap(NamedTuple):
     @classmethod
     def of(cls, k, v, i, log_f, s):
         i, log_f, s = (x.astype("float32").swapaxes(1, 2) for x in (i, log_f, s))  # (B, NH, S)
-        sums = prefix_sums(log_f)
+        sums = [jnp.cumsum(x, -1) for x in in_parts(log_f)]
         to_end = total([x[..., -1:] - x for x in sums])
         M = jnp.max(to_end + s, -1)
         weights = jnp.exp(to_end + i - M[..., None])

@@ -12,7 +12,7 @@ first, and computes all else again.
 Two things make it exact:
 
 - Logarithms of decays are differences of prefix sums that come in three parts, so that small ones
-  survive beside large ones: see `prefix_sums`.
+  survive beside large ones: see `in_parts`.
 - A stabilizer only scales, so its gradient cancels, but for eps and the last state. What is left
   flows to the step that set the maximum.
 
@@ -235,7 +235,18 @@ class Weights:
 
 
 def prefix_sums(log_f):
-    """Sums of log_f up to each step, in three parts of which differences are exact or small.
+    """Sums of log_f up to each step, by `in_parts`, of (B, NH, G, L).
+
+    As products: XLA would compute its own sums again for each pair of steps.
+    """
+    parts = ops.stack(in_parts(log_f))
+    upper = ops.cast(ops.transpose(up_to(log_f.shape[-1])), "float32")
+    sums = einsum("pbhgj,jt->pbhgt", parts, upper)
+    return [sums[part] for part in range(3)]
+
+
+def in_parts(log_f):
+    """Three that add up to log_f, and of whose sums differences are exact or small.
 
     Multiples of 64, multiples of 1/64 between them, and the small rests. Float32 holds sums of
     the first two exactly, up to 2^30 and 2^18.
@@ -243,11 +254,7 @@ def prefix_sums(log_f):
     log_f = ops.maximum(log_f, SHUT)
     large = ops.round(log_f / 64) * 64
     coarse = ops.round((log_f - large) * 64) / 64
-    # As products: XLA would compute its own sums again for each pair of steps.
-    parts = ops.stack([large, coarse, (log_f - large) - coarse])
-    upper = ops.cast(ops.transpose(up_to(log_f.shape[-1])), "float32")
-    sums = einsum("pbhgj,jt->pbhgt", parts, upper)
-    return [sums[part] for part in range(3)]
+    return large, coarse, (log_f - large) - coarse
 
 
 def total(sums):
