@@ -358,8 +358,9 @@ class Gradient(torch.autograd.Function):
     def forward(numbers, eps, dh, dC, dn, dm, *saved):
         q, k, v, i, log_f, s, C, n, m, h, C_end, n_end, _, m_t, *kept = saved
         q, k, v, dh = map(readable, (q, k, v, dh))
-        C, n, dC, dn = (x.contiguous() for x in (C, n, dC, dn))
-        tensors = dh, dC, dn, q, k, v, C, n, h, m_t, *kept
+        # What `forward` wrote too: under vmap, it may be the same for all.
+        C, n, dC, dn, h, *kept = (x.contiguous() for x in (C, n, dC, dn, h, m_t, *kept))
+        tensors = dh, dC, dn, q, k, v, C, n, h, *kept
         gradients = backward_operator(*tensors, numbers, eps)
         *gradients, dC_first, dn_first, dm_t, di, dlog_f = gradients
         di, dlog_f = (x.sum(0)[..., : q.shape[1]].transpose(1, 2) for x in (di, dlog_f))
